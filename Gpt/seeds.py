@@ -1,0 +1,20 @@
+"""Named seeds: every random draw of the project is a function of a seed and of the names of what is drawn.
+
+`derive_seed(0, "pairs", 17)` is the seed of the batch of step 17. Nothing has to be saved to resume, nothing depends on the
+order in which parts of a program ran, and the global random state of torch is never touched.
+"""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed that depends on `seed` and on every name, in order (BLAKE2b)."""
+    key = "/".join([str(int(seed)), *(str(name) for name in names)])
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def rng(device: torch.device | str, seed: int, *names: str | int) -> torch.Generator:
+    """A fresh torch.Generator on `device`, seeded with `derive_seed(seed, *names)`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
