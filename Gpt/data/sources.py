@@ -1,0 +1,173 @@
+"""Image data sets as tensors: the 8x8 digits of scikit-learn, MNIST, Fashion-MNIST and CIFAR-10.
+
+Files are looked for under the configured root (`data.root`), under `./data`, and where Debian's data packages put them; what is
+not found is downloaded with torchvision when `data.download` is on. Every data set is split into training, validation and test
+part; the validation part is cut from the published training part with a fixed seed, the test part is the published one.
+"""
+
+import gzip
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from Gpt.errors import DataError
+
+Examples = tuple[Float[Tensor, "N ..."], Int[Tensor, " N"]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images (normalised float32) and labels (int64) of each split."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+@dataclass
+class _Settings:
+    roots: tuple[Path, ...] = (Path("data"),)
+    download: bool = True
+
+
+_settings = _Settings()
+
+
+def configure(root: str | None, download: bool = True) -> None:
+    """Say where data files are; called once, by the entry points, before a task is used."""
+    _settings.roots = tuple(Path(r) for r in dict.fromkeys(filter(None, (root, "data"))))
+    _settings.download = download
+    load.cache_clear()
+
+
+@cache
+def load(name: str) -> Splits:
+    """Read one data set: "digits", "mnist", "fashion_mnist" or "cifar10".
+
+    Raises:
+        DataError: no files were found and none could be downloaded; names every place that was looked at.
+    """
+    return _READERS[name]()
+
+
+def _digits() -> Splits:
+    from sklearn.datasets import load_digits  # slow import, needed for this data set only
+
+    bunch = load_digits()
+    x = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
+    y = torch.tensor(bunch.target, dtype=torch.long)
+    # No published split exists; a third of the 1,797 images is the test part, drawn once with a fixed seed.
+    order = torch.tensor(np.random.default_rng(0).permutation(len(y)))
+    test, rest = order[:600], order[600:]
+    return _split(x[rest], y[rest], x[test], y[test], validation=300)
+
+
+def _mnist() -> Splits:
+    return _idx("MNIST", ("mnist", "MNIST/raw"))
+
+
+def _fashion_mnist() -> Splits:
+    return _idx("FashionMNIST", ("fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"))
+
+
+def _cifar10() -> Splits:
+    arrays = _cifar10_arrays()
+    x, y, x_test, y_test = (torch.from_numpy(a) for a in arrays)
+    return _split(_channels_first(x), y.long(), _channels_first(x_test), y_test.long(), validation=5000)
+
+
+_READERS = {"digits": _digits, "mnist": _mnist, "fashion_mnist": _fashion_mnist, "cifar10": _cifar10}
+
+
+def _split(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, validation: int) -> Splits:
+    """Cut the validation part and normalise every channel with the training part's mean and standard deviation."""
+    order = torch.tensor(np.random.default_rng(1).permutation(len(y)))
+    held_out, kept = order[:validation], order[validation:]
+    channels = (0, *range(2, x.dim()))
+    mean, std = x[kept].mean(channels, keepdim=True), x[kept].std(channels, keepdim=True)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    return Splits((x[kept], y[kept]), (x[held_out], y[held_out]), (x_test, y_test))
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float().contiguous() / 255
+
+
+def _idx(torchvision_name: str, folders: tuple[str, ...]) -> Splits:
+    """MNIST's IDX files, plain or gzipped."""
+    stems = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    places = [root / folder for root in _settings.roots for folder in folders]
+    for folder in places:
+        files = [next((folder / f for f in (stem, stem + ".gz") if (folder / f).is_file()), None) for stem in stems]
+        if all(files):
+            x, y, x_test, y_test = (_read_idx(f) for f in files if f)
+            break
+    else:
+        dataset = _download(torchvision_name, places)
+        train, test = dataset(train=True), dataset(train=False)
+        x, y, x_test, y_test = train.data, train.targets, test.data, test.targets
+    images, test_images = (part.unsqueeze(1).float() / 255 for part in (x, x_test))
+    return _split(images, y.long(), test_images, y_test.long(), validation=5000)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The IDX format: two zero bytes, type 0x08 (uint8), number of dimensions, big-endian sizes, data."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if raw[:3] != b"\0\0\x08":
+        raise DataError(f"{path} is not an IDX file of bytes; fetch it again")
+    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    if values.size != shape.prod():
+        raise DataError(f"{path} is truncated: {values.size:,} of {shape.prod():,} bytes; fetch it again")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _cifar10_arrays() -> tuple[np.ndarray, ...]:
+    """Images [N, 32, 32, 3] uint8 and labels of both parts, from an .npz, a JPEG pack, or torchvision's files."""
+    places = [root / name for root in _settings.roots for name in ("cifar10.npz", "cifar10_train_jpeg.npz")]
+    for place in places:
+        if place.is_file() and place.name == "cifar10.npz":
+            pack = np.load(place)
+            return pack["x_train"], pack["y_train"], pack["x_test"], pack["y_test"]
+        if place.is_file():
+            return *_decode_jpegs(place), *_decode_jpegs(place.with_name("cifar10_test_jpeg.npz"))
+    dataset = _download("CIFAR10", [*places, *(root / "cifar-10-batches-py" for root in _settings.roots)])
+    train, test = dataset(train=True), dataset(train=False)
+    return train.data, np.asarray(train.targets), test.data, np.asarray(test.targets)
+
+
+def _decode_jpegs(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
+    pack = np.load(path)
+    data, ends = pack["bytes"].tobytes(), np.cumsum(pack["lengths"])
+    starts = ends - pack["lengths"]
+    images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in zip(starts, ends, strict=True)]
+    return np.stack(images), pack["labels"]
+
+
+def _download(torchvision_name: str, places: list[Path]):
+    """A constructor of torchvision's data set, downloading it to the first root unless that is switched off."""
+    import torchvision
+
+    root = _settings.roots[0]
+
+    def dataset(train: bool):
+        return getattr(torchvision.datasets, torchvision_name)(root, train=train, download=_settings.download)
+
+    try:
+        dataset(train=False)
+    except (RuntimeError, OSError) as error:
+        looked = ", ".join(str(p) for p in places)
+        raise DataError(
+            f"{torchvision_name} was not found. Looked in: {looked}, and under {root} as torchvision keeps it"
+            f"{'; downloading failed' if _settings.download else '; data.download is off'} ({error}). "
+            f"Set data.root=FOLDER to where the files are, or data.download=true where there is a network."
+        ) from error
+    return dataset

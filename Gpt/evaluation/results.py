@@ -1,0 +1,125 @@
+"""What an evaluation found: plain numbers, ready for JSON, figures and the report. No tensor and no network is in here."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval over `count` networks, tasks or seeds."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a way to obtain a network, and what the network scores.
+
+    Attributes:
+        kind: "generator", "optimiser", "baseline" or "reference" (ordinary training to the end).
+        metrics: e.g. {"test_loss": Interval, "test_error": Interval}.
+        updates: network updates (gradient steps, or generator calls) behind one network; None where it means nothing.
+        seconds, flops: cost of one network on this machine, the zoo and the generator's training not included.
+        note: one phrase on how it was selected, e.g. "lr 0.3, tuned over 21".
+    """
+
+    name: str
+    kind: str
+    metrics: dict[str, Interval]
+    updates: int | None = None
+    seconds: float | None = None
+    flops: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PromptCurve:
+    """Asked against achieved, one line per starting network.
+
+    Attributes:
+        name: e.g. "held-out starts".
+        prompted: [networks][prompts] wanted metric.
+        achieved: [networks][prompts] measured metric (mean over samples when there are several per prompt).
+        alignment: R² per network, averaged, with its interval over networks.
+    """
+
+    name: str
+    prompted: list[list[float]]
+    achieved: list[list[float]]
+    alignment: Interval
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A metric along an axis: recursive updates, optimiser steps, latent walks. `low` and `high` bound the mean."""
+
+    name: str
+    kind: str
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """How far a set of networks is from the training networks.
+
+    Attributes:
+        distance: mean L2 distance to the nearest training network, minimum over permutations.
+        distance_ratio: the same over the distance between training networks.
+        error_overlap: mean over networks of the largest IoU of wrongly classified examples with a training network.
+        copying_z: data-copying score Z_U (Meehan et al. 2020); far below zero means copies.
+        novel_and_good: share of networks that are novel (distance ratio at least 1) and above the metric bar.
+    """
+
+    name: str
+    metric: Interval
+    distance: float
+    distance_ratio: float
+    error_overlap: float | None
+    copying_z: float
+    novel_and_good: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Wall-clock (s) and FLOPs of everything behind one generated network, and when it pays off.
+
+    Attributes:
+        break_even: number of networks from which zoo + generator + sampling is cheaper in wall-clock than training each
+            network; None when it never is.
+    """
+
+    zoo_seconds: float
+    generator_seconds: float
+    sample_seconds: float
+    train_seconds: float
+    zoo_flops: float
+    generator_flops: float
+    sample_flops: float
+    train_flops: float
+    break_even: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything one evaluation found. `metric` is the column it is about, such as "test_loss"."""
+
+    task: str
+    metric: str
+    minimize: bool
+    table: list[Row]
+    curves: list[PromptCurve] = field(default_factory=list)
+    recursive: list[Trace] = field(default_factory=list)
+    optimisers: list[Trace] = field(default_factory=list)
+    novelty: list[Novelty] = field(default_factory=list)
+    costs: Costs | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested dicts and lists of numbers and strings."""
+        return asdict(self)

@@ -1,0 +1,65 @@
+"""The two verbs of every generator, and what it is fed.
+
+The training loop, the evaluation and the playground know only what is in this file.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Prompt = dict[str, Tensor]
+"""What a user asks for, one tensor per condition with the batch as first axis, e.g. {"target_metric": [B, 2]}."""
+
+
+@dataclass
+class Batch:
+    """Training examples.
+
+    Attributes:
+        target: `[B, D]` weights to learn to write.
+        start: `[B, D]` weights to start from (G.pt), or None (RPG).
+        prompt: what describes the target, see `Gpt.conditions` for names and shapes.
+    """
+
+    target: Float[Tensor, "B D"]
+    start: Float[Tensor, "B D"] | None = None
+    prompt: Prompt = field(default_factory=dict)
+
+
+class Generator(nn.Module):
+    """Base class: a network that learns from trained networks and writes new ones.
+
+    Subclasses own normalisation, tokenisation and conditions; weights go in and come out as plain flat rows.
+    """
+
+    default_steps: int
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
+        """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""
+        raise TypeError(f"{type(self).__name__} does not define loss")
+
+    def sample(
+        self,
+        prompt: Prompt,
+        start: Float[Tensor, "B D"] | None = None,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        noise: Tensor | None = None,
+    ) -> Float[Tensor, "B D"]:
+        """Write networks.
+
+        Args:
+            prompt: wanted properties, one row per network; may be empty for an unconditional generator.
+            start: networks to update, for generators that start from one.
+            count: number of networks, where neither `prompt` nor `start` says it.
+            steps: number of sampling steps; the generator's default when None.
+            guidance: 1 samples the conditional model; above 1 strengthens the prompt.
+            seed: names the noise; the same seed, prompt and start give the same networks.
+            noise: the sampler's starting point instead of a seeded draw (latent walks), `[B, *latent shape]`.
+        """
+        raise TypeError(f"{type(self).__name__} does not define sample")

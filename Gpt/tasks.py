@@ -1,0 +1,331 @@
+"""The task registry: adding an entry to TASK_METADATA is all that a new task takes.
+
+An entry is a plain dict. Required keys, with G.pt's names and meanings:
+
+    task_test_fn      (*data, net) -> number, or a tuple whose first item counts; the network is the last argument
+    constructor       () -> nn.Module; its shapes and state_dict order are the architecture
+    data_fn           () -> tuple or list of cached inputs of task_test_fn; the *test* part, only ever reported
+    minimize          True for losses and errors, False for returns
+    best_prompt       float, end of the prompt range of the one-step curve
+    recursive_prompt  float, the constant prompt of recursive optimisation
+
+Optional keys:
+
+    aug_fn              G.pt's permutation walk, see `Gpt.data.augmentation`
+    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` says, in a form every part reads
+    metric              what the test function returns: "loss", "error" or "return"; names the zoo's columns (default "metric")
+    batched             True when task_test_fn also accepts a `Population` and then returns one number per network
+    validation_data_fn  () -> tuple; labels, prompts and selection use it (default: data_fn, and the report says so)
+    train_data_fn       () -> tuple (inputs, labels) that the recipe trains on
+    recipe              a `Gpt.recipes` object: how one network is trained, so that a zoo can be collected
+    checkpoints         folder of existing checkpoints to import instead of, or before, collecting
+    zoo                 name of the zoo; tasks that share networks share a zoo (default: the task's name)
+    correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty measures
+    conditions          names of the conditions the task can be prompted with (default ("target_metric",))
+
+A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds to TASK_METADATA or defines one of its own, or
+from packages that declare the entry-point group `gpt_weights.tasks`.
+"""
+
+import difflib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from Gpt import environments
+from Gpt.data import sources
+from Gpt.errors import StructureError, TaskError
+from Gpt.networks import MLP, CartPoleActor, ConvNet
+from Gpt.population import Population
+from Gpt.recipes import PpoRecipe, Recipe, SupervisedRecipe
+from Gpt.structure import Structure
+
+METRICS = ("loss", "error", "return", "metric")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A checked entry of TASK_METADATA; attributes are the entry's keys."""
+
+    name: str
+    task_test_fn: Callable[..., Any]
+    constructor: Callable[[], nn.Module]
+    data_fn: Callable[[], Sequence]
+    minimize: bool
+    best_prompt: float
+    recursive_prompt: float
+    aug_fn: Callable[..., None] | None = None
+    symmetry: Mapping[str, tuple[str | None, ...]] | None = None
+    metric: str = "metric"
+    batched: bool = False
+    validation_data_fn: Callable[[], Sequence] | None = None
+    train_data_fn: Callable[[], Sequence] | None = None
+    recipe: Recipe | None = None
+    checkpoints: str | None = None
+    zoo: str | None = None
+    correct_fn: Callable[..., Tensor] | None = None
+    conditions: tuple[str, ...] = ("target_metric",)
+
+    @cached_property
+    def template(self) -> nn.Module:
+        """One network of the architecture; only shapes and buffers matter."""
+        with torch.random.fork_rng(devices=[]):
+            return self.constructor()
+
+    @cached_property
+    def structure(self) -> Structure:
+        return Structure.of(self.template, self.symmetry)
+
+    @property
+    def zoo_name(self) -> str:
+        return self.zoo or self.name
+
+    @cached_property
+    def _data(self) -> dict[str, tuple]:
+        return {}
+
+    def data(self, split: str = "test", device: torch.device | str = "cpu") -> tuple:
+        """The inputs of the test function for "train", "validation" or "test", with tensors on `device`; cached.
+
+        Raises:
+            TaskError: the split's function does not return a tuple or list.
+        """
+        key = f"{split}/{device}"
+        if key not in self._data:
+            functions = {"train": self.train_data_fn, "validation": self.validation_data_fn or self.data_fn}
+            function = functions.get(split) or self.data_fn
+            items = function()
+            if not isinstance(items, tuple | list):
+                raise TaskError(
+                    f"task {self.name!r}: the data function of the {split} split returned {type(items).__name__}, "
+                    "expected a tuple or list of the test function's inputs (write `return (x,)` for a single one)"
+                )
+            self._data[key] = tuple(i.to(device) if isinstance(i, Tensor) else i for i in items)
+        return self._data[key]
+
+    def score(self, net: nn.Module | Population, split: str, device: torch.device | str = "cpu") -> Any:
+        """Raw result of the test function on one split, reduced to its first item when it is a tuple."""
+        result = self.task_test_fn(*self.data(split, device), net)
+        return result[0] if isinstance(result, tuple | list) else result
+
+    def verify(self) -> "Task":
+        """Run every function once on a fresh network.
+
+        Raises:
+            TaskError: a function returns something else than its key promises; names the task and the key.
+        """
+        for split in ("test", "validation"):
+            value = self.score(self.template.eval(), split)
+            try:
+                value = float(value)
+            except (TypeError, ValueError) as error:
+                raise TaskError(
+                    f"task {self.name!r}: task_test_fn returned {value!r} on a fresh network, expected a number "
+                    "(or a tuple whose first item is one)"
+                ) from error
+            if math.isnan(value):
+                raise TaskError(f"task {self.name!r}: task_test_fn returned NaN on a fresh network, expected a number")
+        return self
+
+
+def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
+    """Turn one entry into a Task.
+
+    Raises:
+        TaskError: a key is missing, unknown or of the wrong type, or the constructor does not build a network without
+            arguments; the message names the task, the key and what is expected.
+    """
+    known = {f.name: f for f in fields(Task) if f.name != "name"}
+    for key in entry:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys: {', '.join(known)}"
+            raise TaskError(f"task {name!r}: unknown key {key!r}{hint}")
+    for key, spec in known.items():
+        if key not in entry:
+            if spec.default is MISSING:
+                raise TaskError(f"task {name!r}: key {key!r} is missing, expected {_EXPECTED[key]}")
+        elif entry[key] is not None or spec.default is MISSING:
+            _check_value(name, key, entry[key])
+    task = Task(name=name, **entry)
+    try:
+        net = task.template
+    except TypeError as error:
+        raise TaskError(f"task {name!r}: constructor must need no arguments, but calling it said: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise TaskError(f"task {name!r}: constructor returned {type(net).__name__}, expected a torch.nn.Module")
+    try:
+        task.structure  # noqa: B018 - evaluated for its checks
+    except StructureError as error:
+        raise TaskError(f"task {name!r}: symmetry: {error}") from error
+    return task
+
+
+_EXPECTED = {
+    "task_test_fn": "a function (*data, net) -> number",
+    "constructor": "a function () -> torch.nn.Module",
+    "data_fn": "a function () -> tuple",
+    "minimize": "True or False",
+    "best_prompt": "a number",
+    "recursive_prompt": "a number",
+    "aug_fn": "a function, see Gpt.data.augmentation",
+    "symmetry": "a dict {tensor name: tuple of group names or None}",
+    "metric": f"one of {', '.join(METRICS)}",
+    "batched": "True or False",
+    "validation_data_fn": "a function () -> tuple",
+    "train_data_fn": "a function () -> tuple",
+    "recipe": "a Gpt.recipes.SupervisedRecipe or PpoRecipe",
+    "checkpoints": "the path of a folder, as a string",
+    "zoo": "a string",
+    "correct_fn": "a function (*data, net) -> bool tensor",
+    "conditions": "a tuple of condition names",
+}
+
+
+def _check_value(name: str, key: str, value: Any) -> None:
+    if key.endswith("_fn") or key == "constructor":
+        ok = callable(value)
+    elif key in ("minimize", "batched"):
+        ok = isinstance(value, bool)
+    elif key in ("best_prompt", "recursive_prompt"):
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    elif key == "metric":
+        ok = value in METRICS
+    elif key == "recipe":
+        ok = isinstance(value, Recipe)
+    elif key == "symmetry":
+        ok = isinstance(value, Mapping) and all(isinstance(groups, tuple) for groups in value.values())
+    elif key == "conditions":
+        ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    else:
+        ok = isinstance(value, str)
+    if not ok:
+        raise TaskError(f"task {name!r}: key {key!r} is {value!r}, expected {_EXPECTED[key]}")
+
+
+def get_task(name: str) -> Task:
+    """Look a task up, check its entry and run its functions once.
+
+    Raises:
+        TaskError: no such task (names the nearest), or the entry does not keep its promises.
+    """
+    if name not in TASK_METADATA:
+        nearest = difflib.get_close_matches(name, TASK_METADATA, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known tasks: {', '.join(sorted(TASK_METADATA))}"
+        raise TaskError(f"there is no task {name!r}; {hint} (your own: task_modules=[path/to/my_tasks.py])")
+    return check_entry(name, TASK_METADATA[name]).verify()
+
+
+def load_task_modules(paths: Sequence[str] = ()) -> None:
+    """Import users' task files, and packages of the entry-point group `gpt_weights.tasks`, into TASK_METADATA.
+
+    Raises:
+        TaskError: a file does not exist, does not import, or adds no task.
+    """
+    for entry_point in entry_points(group="gpt_weights.tasks"):
+        TASK_METADATA.update(entry_point.load())
+    for path in paths:
+        file = Path(path)
+        if not file.is_file():
+            raise TaskError(f"task_modules: there is no file {path!r} (looked in {file.resolve().parent})")
+        before = {name: id(entry) for name, entry in TASK_METADATA.items()}
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise TaskError(f"task_modules: {path!r} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise TaskError(f"task_modules: importing {path!r} failed: {type(error).__name__}: {error}") from error
+        TASK_METADATA.update(getattr(module, "TASK_METADATA", {}))
+        if before == {name: id(entry) for name, entry in TASK_METADATA.items()}:
+            raise TaskError(f"task_modules: {path!r} adds no entry to TASK_METADATA")
+
+
+def classification_loss(
+    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], net: nn.Module | Population
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """(mean cross-entropy in nats, top-1 error in percent), one number per network."""
+    logits = net(x).float()
+    chosen = logits.gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
+    loss = (logits.logsumexp(-1) - chosen).mean(-1)
+    return loss, 100 * (logits.argmax(-1) != y).float().mean(-1)
+
+
+def classification_error(
+    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], net: nn.Module | Population
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """(top-1 error in percent, mean cross-entropy in nats), one number per network."""
+    loss, error = classification_loss(x, y, net)
+    return error, loss
+
+
+def classification_correct(
+    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], net: nn.Module | Population
+) -> Bool[Tensor, "... N"]:
+    """Which examples are classified correctly."""
+    return net(x).argmax(-1) == y
+
+
+def _classification(
+    data: str, metric: str, constructor: Callable[[], nn.Module], recipe: Recipe, best: float, recursive: float
+) -> dict[str, Any]:
+    """An entry for an image-classification task; loss and error tasks of one data set share a zoo."""
+    return {
+        "task_test_fn": classification_loss if metric == "loss" else classification_error,
+        "constructor": constructor,
+        "data_fn": lambda: sources.load(data).test,
+        "validation_data_fn": lambda: sources.load(data).validation,
+        "train_data_fn": lambda: sources.load(data).train,
+        "correct_fn": classification_correct,
+        "minimize": True,
+        "best_prompt": best,
+        "recursive_prompt": recursive,
+        "symmetry": constructor().symmetry,
+        "metric": metric,
+        "batched": True,
+        "recipe": recipe,
+        "zoo": data,
+    }
+
+
+def _digits_mlp() -> MLP:
+    return MLP(64, 10, 10)
+
+
+_DIGITS_RECIPE = SupervisedRecipe(epochs=40, batch_size=32)
+_CIFAR10_RECIPE = SupervisedRecipe(epochs=50, augmentation="flip_crop")
+
+TASK_METADATA: dict[str, dict[str, Any]] = {
+    "digits_loss": _classification("digits", "loss", _digits_mlp, _DIGITS_RECIPE, 0.0, 0.0),
+    "digits_error": _classification("digits", "error", _digits_mlp, _DIGITS_RECIPE, 3.0, 3.0),
+    "mnist_loss": _classification("mnist", "loss", MLP, SupervisedRecipe(), 0.0, 0.0),
+    "mnist_error": _classification("mnist", "error", MLP, SupervisedRecipe(), 5.0, 5.0),
+    "fashion_mnist_loss": _classification("fashion_mnist", "loss", MLP, SupervisedRecipe(), 0.3, 0.3),
+    "cifar10_loss": _classification("cifar10", "loss", ConvNet, _CIFAR10_RECIPE, 1.2, 1.4),
+    "cifar10_error": _classification("cifar10", "error", ConvNet, _CIFAR10_RECIPE, 35.0, 45.0),
+    "cartpole": {
+        "task_test_fn": environments.evaluate_policy,
+        "constructor": CartPoleActor,
+        "data_fn": lambda: (environments.Evaluation(episodes=64, seed=1),),
+        "validation_data_fn": lambda: (environments.Evaluation(episodes=64, seed=0),),
+        "minimize": False,
+        "best_prompt": 500.0,
+        "recursive_prompt": 500.0,
+        "symmetry": CartPoleActor.symmetry,
+        "metric": "return",
+        "batched": True,
+        "recipe": PpoRecipe(),
+    },
+}
