@@ -18,12 +18,15 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from Gpt.population import Population
 from Gpt.seeds import rng as named_rng
 
 ENVIRONMENT_ID = "GptCartPole-v0"
 EPISODE_STEPS = 500
+# How often a rollout asks whether any episode still runs; asking waits for the device.
+STEPS_BETWEEN_CHECKS = 50
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class CartPole:
     reset_velocity: float = 0.25
 
     def start(self, uniform: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 4"]:
-        """Start states from numbers uniform in [0, 1): by default x and theta within +-0.1, velocities within +-0.25."""
+        """Start states from numbers uniform in [0, 1): by default x, theta within +-0.1, velocities within +-0.25."""
         x, x_dot, theta, theta_dot = (2 * uniform - 1).unbind(-1)
         position, velocity = self.reset_position, self.reset_velocity
         return torch.stack([position * x, velocity * x_dot, position * theta, velocity * theta_dot], dim=-1)
@@ -129,7 +132,9 @@ def episode_returns(policy: Policy, start: Float[Tensor, "P E 4"]) -> Float[Tens
     environment, state = CartPole(), start
     returns = torch.zeros_like(start[..., 0])
     running = torch.ones_like(returns, dtype=torch.bool)
-    for _ in range(EPISODE_STEPS):
+    for step in range(EPISODE_STEPS):
+        if step % STEPS_BETWEEN_CHECKS == 0 and not running.any():
+            break
         state, reward, terminated = environment.step(state, policy(state))
         returns = torch.where(running, returns + reward, returns)
         running = running & ~terminated
@@ -148,9 +153,28 @@ def rollout_returns(
     return episode_returns(policy, start.expand(networks, num_envs, 4))
 
 
-def evaluation_rng(split: str) -> torch.Generator:
-    """The generator of a split's start states ("validation", "test"), in labelling a zoo and in judging a generator."""
-    return named_rng("cpu", 0, "cartpole", split)
+@dataclass(frozen=True)
+class Evaluation:
+    """Which start states judge a network: `episodes` of them, the same ones on every device, a function of `seed`."""
+
+    episodes: int
+    seed: int
+
+
+EVALUATION_SEEDS = {"validation": 0, "test": 1}
+
+
+def evaluate_policy(evaluation: Evaluation, net: nn.Module | Population) -> Float[Tensor, "*P"]:
+    """Mean return of the mean-action policy over full episodes, one number per network; at most 500.
+
+    Zoo labels and scores of generated networks are both this quantity.
+    """
+    start_rng = named_rng("cpu", evaluation.seed, "cartpole", "start")
+    if isinstance(net, Population):
+        device = net.weights.device
+        return rollout_returns(net.each, evaluation.episodes, start_rng, networks=len(net), device=device).mean(-1)
+    device = next(net.parameters()).device
+    return rollout_returns(lambda obs: net(obs[0])[None], evaluation.episodes, start_rng, device=device).mean()
 
 
 class CartPoleEnv(gymnasium.Env[np.ndarray, np.ndarray]):

@@ -1,8 +1,8 @@
 """Tokens: flat weight vectors <-> padded sequences a transformer can read.
 
-`Tokenization` cuts the flat vector into consecutive pieces, one token each, by one of G.pt's four policies (Peebles et al. 2022,
-arXiv 2209.12892, section 3.2 and its released configurations). What a transformer reads may be several vectors in a row (noised
-weights, starting weights, scalar codes), each made of tensors; `groups` lists the tensor sizes vector by vector:
+`Tokenization` cuts the flat vector into consecutive pieces, one token each, by one of G.pt's four policies (Peebles
+et al. 2022, arXiv 2209.12892). What a transformer reads may be several vectors in a row (noised weights, starting
+weights, scalar codes), each made of tensors; `groups` lists the tensor sizes vector by vector:
 
     chunk                pieces of `chunk` entries of everything in a row; a token can straddle tensors and vectors
     chunk_within_input   the same, begun afresh at every vector; a token can straddle tensors only
@@ -77,12 +77,13 @@ class Tokenization(nn.Module):
         self.width = max(stop - start for start, stop in self.splits)
         # Padding reads entry D, a zero that encode appends.
         source = torch.full((len(self.splits), self.width), self.size)
+        place = torch.empty(self.size, dtype=torch.long)
         for token, (start, stop) in enumerate(self.splits):
             source[token, : stop - start] = torch.arange(start, stop)
-        mask = source < self.size
+            place[start:stop] = torch.arange(stop - start) + token * self.width
         self.register_buffer("source", source, persistent=False)
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("place", mask.flatten().nonzero().squeeze(1), persistent=False)
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("mask", source < self.size, persistent=False)
 
     @classmethod
     def of(cls, structure: Structure, policy: str, chunk: int | None = None) -> "Tokenization":

@@ -1,6 +1,6 @@
 """Objectives: what a denoiser network is trained to predict, at which noise levels, and how its errors are weighted.
 
-An objective wraps any network and never looks inside. It moves data x0 to noise along `x_t = alpha(t) x0 + sigma(t) noise` and
+An objective wraps any network and never looks inside. It moves data to noise, x_t = alpha(t) x0 + sigma(t) noise, and
 fixes the unit of time, which is the unit the network is handed:
 
     DDPM            t in {0, …, 999}, as float32; 0 is almost clean
@@ -8,11 +8,11 @@ fixes the unit of time, which is the unit the network is handed:
 
 The seam, with `network` any callable `(x_t [B, *shape], t [B]) -> [B, *shape]`:
 
-    t = objective.draw_times(batch, rng, device)                training times [B]
-    objective.loss(network, x0, t, noise, mask) -> [B]          the training loss, one number per example
-    objective.denoiser(network) -> (x_t, t) -> x0 estimate      what samplers and guidance take, whatever the network predicts
+    objective.draw_times(batch, rng, device) -> [B]             training times
+    objective.loss(network, x0, t, noise, mask) -> [B]          the training loss of every example
+    objective.denoiser(network) -> (x_t, t) -> x0 estimate      what samplers take, whatever the network predicts
     objective.alpha_sigma(t) -> (alpha [B], sigma [B])          the path
-    objective.grid(steps) -> [(t, alpha, sigma), …]             where a sampler evaluates, from pure noise on, ending before t = 0
+    objective.grid(steps) -> [(t, alpha, sigma), …]             where a sampler evaluates, noisiest time first
 
 Conditions are bound by the caller: `lambda x, t: model(x, t, prompt)` is a network.
 """
@@ -92,8 +92,8 @@ class Objective(nn.Module, ABC):
             x0: clean data `[B, *shape]`.
             t: times in the objective's unit.
             noise: standard Gaussian, like x0.
-            mask: broadcastable to x0; entries where it is False (padding, any finite value) are left out of the mean. An
-                example without a True entry has loss 0.
+            mask: broadcastable to x0; entries where it is False (padding, any finite value) are left out of the mean.
+                An example without a True entry has loss 0.
         """
         prediction = network(self.noised(x0, t, noise), t)
         error = (prediction.to(x0.dtype) - self.target(x0, noise)).square()
@@ -109,10 +109,12 @@ class Objective(nn.Module, ABC):
 
 
 class DDPM(Objective):
-    """Denoising diffusion with 1,000 steps and linear betas from 1e-4 to 0.02 (Ho et al. 2020, arXiv 2006.11239, section 4).
+    """Denoising diffusion with 1,000 steps and linear betas from 1e-4 to 0.02 (Ho et al. 2020, arXiv 2006.11239,
+    section 4).
 
-    alpha(t)² is the cumulative product of 1 - beta up to step t, sigma² = 1 - alpha². The loss is the unweighted squared error of
-    the prediction: the data itself ("x0", what G.pt uses) or the noise ("eps", equation 14 there, what RPG uses).
+    alpha(t)² is the cumulative product of 1 - beta up to step t, sigma² = 1 - alpha². The loss is the unweighted
+    squared error of the prediction: the data itself ("x0", what G.pt uses) or the noise ("eps", equation 14 there,
+    what RPG uses).
     """
 
     predictions = ("x0", "eps")
@@ -135,9 +137,9 @@ class DDPM(Objective):
         return self.alphas[step], self.sigmas[step]
 
     def grid(self, steps: int) -> list[tuple[float, float, float]]:
-        """Evenly spaced steps that always include the last one, 999 ("trailing" spacing, Lin et al. 2024, arXiv 2305.08891)."""
+        """Evenly spaced, beginning with the last step, 999 ("trailing", Lin et al. 2024, arXiv 2305.08891)."""
         if not 1 <= steps <= DDPM_STEPS:
-            raise ConfigError(f"DDPM has {DDPM_STEPS} diffusion steps, so sampling takes 1 to {DDPM_STEPS} steps, not {steps}")
+            raise ConfigError(f"sampling from DDPM takes 1 to {DDPM_STEPS} steps, not {steps}")
         times = [round(DDPM_STEPS * (steps - i) / steps) - 1 for i in range(steps)]
         alpha, sigma = _linear_schedule()
         return [(float(t), alpha[t].item(), sigma[t].item()) for t in times]
@@ -158,14 +160,14 @@ class FlowMatching(Objective):
     """The straight path x_t = (1 - t) x0 + t noise, with velocity noise - x0 (Lipman et al. 2023, arXiv 2210.02747;
     Liu et al. 2023, arXiv 2209.03003).
 
-    What the network returns and what the loss measures are chosen apart (Li & He 2025, arXiv 2511.13720): the error of a
-    velocity is the error of the x0 it stands for, divided by t.
+    What the network returns and what the loss measures are chosen apart (Li & He 2025, arXiv 2511.13720): the error
+    of a velocity is the error of the x0 it stands for, divided by t.
 
     Args:
         prediction: the network returns "x0" or "velocity".
         loss_space: squared errors are those of "x0" or of "velocity".
-        times: training times are "uniform" on (0, 1], or "logit_normal", the sigmoid of a standard Gaussian, which favours the
-            middle of the path (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        times: training times are "uniform" on (0, 1], or "logit_normal", the sigmoid of a standard Gaussian, which
+            favours the middle of the path (Esser et al. 2024, arXiv 2403.03206, section 3.1).
     """
 
     predictions = ("x0", "velocity")

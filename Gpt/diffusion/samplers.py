@@ -2,10 +2,10 @@
 
     sampler(denoise, objective, noise, steps, rng=None) -> x0
 
-`denoise` is `objective.denoiser(network)`, maybe combined by `guided`: `(x_t [B, *shape], t [B]) -> x0 estimate`. `noise` is
-standard Gaussian `[B, *shape]`; its device and dtype are those of the whole computation. Stochastic samplers draw from `rng`, a
-generator on the device of `noise`. NFE is the number of evaluations of `denoise`; each docstring states it. Gradients flow when
-enabled: call under `torch.no_grad()` to save memory.
+`denoise` is `objective.denoiser(network)`, maybe combined by `guided`: `(x_t [B, *shape], t [B]) -> x0 estimate`.
+`noise` is standard Gaussian `[B, *shape]`; its device and dtype are those of the whole computation. Stochastic samplers
+draw from `rng`, a generator on the device of `noise`. NFE is the number of evaluations of `denoise`; each docstring
+states it. Gradients flow when enabled: call under `torch.no_grad()` to save memory.
 """
 
 import math
@@ -26,10 +26,11 @@ def ddpm(
     steps: int,
     rng: torch.Generator | None = None,
 ) -> Float[Tensor, "batch ..."]:
-    """Ancestral sampling with the larger of the two fixed variances (Ho et al. 2020, arXiv 2006.11239, algorithm 2, sigma² = beta).
+    """Ancestral sampling with variance beta, the larger of the two fixed ones (Ho et al. 2020, arXiv 2006.11239,
+    algorithm 2).
 
-    With fewer than 1,000 steps, the betas are those of the subsequence of `objective.grid` (Nichol & Dhariwal 2021, arXiv
-    2102.09672, equation 19). NFE = steps.
+    With fewer than 1,000 steps, the betas are those of the subsequence of `objective.grid` (Nichol & Dhariwal 2021,
+    arXiv 2102.09672, section 4). NFE = steps.
     """
     _require(objective, DDPM, "ddpm")
     x = noise
@@ -52,11 +53,11 @@ def ddim(
     *,
     eta: float = 0.0,
 ) -> Float[Tensor, "batch ..."]:
-    """Denoising diffusion implicit models (Song et al. 2021, arXiv 2010.02502, equations 12 and 16), on any objective's path.
+    """Denoising diffusion implicit model (Song et al. 2021, arXiv 2010.02502, equations 12 and 16), on any path.
 
-    It starts at the noisiest time and its last step lands exactly on the last x0 estimate. eta = 0 is deterministic, eta = 1
-    has the smaller of the two ancestral variances. On the straight path of flow matching, eta = 0 is Euler's method.
-    NFE = steps.
+    It starts at the noisiest time and its last step lands exactly on the last x0 estimate. eta = 0 is deterministic,
+    eta = 1 has the smaller of the two ancestral variances. On the straight path of flow matching, eta = 0 is Euler's
+    method. NFE = steps.
     """
     if not 0 <= eta <= 1:
         raise ConfigError(f"sampler 'ddim': eta is {eta}; it lies between 0 (deterministic) and 1 (ancestral)")
@@ -96,9 +97,10 @@ def heun(
     steps: int,
     rng: torch.Generator | None = None,
 ) -> Float[Tensor, "batch ..."]:
-    """Heun's method on the flow ODE; second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1). NFE = 2 steps - 1.
+    """Heun's method on the flow ODE; second order (Karras et al. 2022, arXiv 2206.00364, algorithm 1).
 
-    The last step is Euler's, because the velocity is not defined at t = 0. Deterministic: `rng` is not used.
+    The last step is Euler's, because the velocity is not defined at t = 0: NFE = 2 steps - 1. Deterministic: `rng` is
+    not used.
     """
     _require(objective, FlowMatching, "heun")
     x = noise
@@ -117,9 +119,9 @@ SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heu
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) between two denoisers' x0 estimates.
 
-    x0 = unconditional + scale (conditional - unconditional): scale 0 ignores the condition, 1 obeys it as trained, more than 1
-    exaggerates it. The estimates of x0, noise and velocity are affine in one another, so this is guidance in each of them.
-    At scale 1 only `conditional` is evaluated; otherwise every evaluation costs two.
+    x0 = unconditional + scale (conditional - unconditional): scale 0 ignores the condition, 1 obeys it as trained,
+    more than 1 exaggerates it. The estimates of x0, noise and velocity are affine in one another, so this is guidance
+    in each of them. At scale 1 only `conditional` is evaluated; otherwise every evaluation costs two.
     """
     if scale == 1:
         return conditional
@@ -131,7 +133,7 @@ def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Deno
 
 
 def _levels(objective: Objective, steps: int) -> Iterator[tuple[float, tuple[float, float], tuple[float, float]]]:
-    """(t, (alpha, sigma) at t, (alpha, sigma) at the next time) for each step; after the last one comes clean data, (1, 0)."""
+    """(t, (alpha, sigma) at t, (alpha, sigma) at the next time) of each step; clean data, (1, 0), comes last."""
     grid = objective.grid(steps)
     following = [(alpha, sigma) for _, alpha, sigma in grid[1:]] + [(1.0, 0.0)]
     for (t, alpha, sigma), after in zip(grid, following, strict=True):
@@ -155,6 +157,5 @@ def _fresh_noise(x: Tensor, rng: torch.Generator | None, sampler: str) -> Tensor
 
 def _require(objective: Objective, kind: type[Objective], sampler: str) -> None:
     if not isinstance(objective, kind):
-        raise ConfigError(
-            f"sampler {sampler!r} belongs to the objective {kind.__name__}, not to {type(objective).__name__}; 'ddim' takes both"
-        )
+        found = type(objective).__name__
+        raise ConfigError(f"sampler {sampler!r} belongs to {kind.__name__}, not to {found}; 'ddim' takes both")

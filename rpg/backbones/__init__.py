@@ -1,13 +1,13 @@
 """Sequence models behind one interface: `build_backbone(name, width)` maps `[B, L, width]` to `[B, L, width]`.
 
-| name        | layer                                   | state per layer and sample | source |
-|-------------|-----------------------------------------|----------------------------|--------|
-| mamba2      | structured state-space duality (default) | expand * width * d_state   | Dao & Gu 2024, arXiv 2405.21060 |
-| mamba       | selective state space                   | expand * width * d_state   | Gu & Dao 2023, arXiv 2312.00752 |
-| hgrn2       | gated linear recurrence, outer-product state | width * expand_ratio  | Qin et al. 2024, arXiv 2404.07904 |
-| lstm, gru   | torch.nn                                | 2 * width, width           | |
-| transformer | softmax attention and a gated MLP       | grows with the sequence    | Vaswani et al. 2017 |
-| none        | gated MLP, tokens never meet            | nothing                    | the "no relation" ablation of RPG, arXiv 2501.11587 |
+| name        | layer                                | state of a layer         | source                            |
+|-------------|--------------------------------------|--------------------------|-----------------------------------|
+| mamba2      | state-space duality (RPG's choice)   | expand * width * d_state | Dao & Gu 2024, arXiv 2405.21060   |
+| mamba       | selective state space                | expand * width * d_state | Gu & Dao 2023, arXiv 2312.00752   |
+| hgrn2       | gated recurrence, outer-product state | width * expand_ratio    | Qin et al. 2024, arXiv 2404.07904 |
+| lstm, gru   | torch.nn                             | 2 * width, width         | Hochreiter 1997, Cho et al. 2014  |
+| transformer | softmax attention and a gated MLP    | grows with the sequence  | Vaswani et al. 2017               |
+| none        | gated MLP, tokens never meet         | nothing                  | ablation of RPG, arXiv 2501.11587 |
 
 Backbones add no positional code: tokens carry their own.
 """
@@ -21,8 +21,8 @@ from rpg.backbones.base import Backbone, Mixer, State
 from rpg.backbones.hgrn2 import HGRN2
 from rpg.backbones.mamba import Mamba
 from rpg.backbones.mamba2 import Mamba2
-from rpg.backbones.mlp import GatedMLP
 from rpg.backbones.recurrent import GRU, LSTM
+from rpg.backbones.tokenwise import Tokenwise
 from rpg.backbones.transformer import Attention
 
 __all__ = ["BACKBONES", "Backbone", "Mixer", "State", "build_backbone"]
@@ -34,14 +34,14 @@ BACKBONES: dict[str, type[Mixer]] = {
     "lstm": LSTM,
     "gru": GRU,
     "transformer": Attention,
-    "none": GatedMLP,
+    "none": Tokenwise,
 }
 
 
 def build_backbone(name: str, width: int, **options: object) -> Backbone:
     """The backbone `name`, from `[B, L, width]` to `[B, L, width]`.
 
-    Options are those of `Backbone` (depth, bare, bidirectional, ...) and of the layer itself (`d_state`, `expand_ratio`, ...).
+    Options are those of `Backbone` (depth, bare, bidirectional, ...) and of the layer itself (d_state, heads, ...).
     Parameters are drawn from the global generator, as in torch.nn: seed it, or fork it, around the call.
     Raises ConfigError for an unknown name, an unknown option, or sizes that do not fit together.
     """

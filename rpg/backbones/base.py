@@ -1,41 +1,26 @@
-"""What every sequence model shares: the layer (`Mixer`), its run in both directions, and the stack of layers (`Backbone`)."""
+"""What every sequence model shares: the layer (`Mixer`), its two directions, and the stack of layers (`Backbone`)."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.errors import ConfigError
+from rpg.backbones.layers import GatedMLP, RMSNorm
 
 State = tuple[Tensor, ...]
 
 
-def scan_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of recurrences and norms: at least float32, whatever the projections run in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), computed in float32 or better."""
-
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__(width, eps)
-
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide = scan_dtype(x.dtype)
-        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
-
-
 class Mixer(nn.Module, ABC):
-    """One causal sequence layer, `[B, L, in_width] -> [B, L, width]`, that can stop anywhere and go on from its state."""
+    """One sequence layer, `[B, L, in_width] -> [B, L, width]`, that can stop anywhere and go on from its state."""
 
     # Ratio of the gated MLP that follows the layer in a residual stack; 0 means none.
     mlp_ratio: ClassVar[float] = 0.0
-    # Whether the layer reads its tokens in order, so that reading them backwards as well tells it something new.
-    directed: ClassVar[bool] = True
+    # Whether the layer reads its tokens one after the other, so that reading them backwards as well makes a difference.
+    sequential: ClassVar[bool] = True
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
@@ -52,7 +37,7 @@ class Mixer(nn.Module, ABC):
     def forward(
         self, x: Float[Tensor, "batch length in_width"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch length width"], State]:
-        """Read `x` from `state` on; without one, from the start. Only a pass that was given a state differentiates its last state."""
+        """Read `x` on from `state`; without one, from the start, and then the last state need not be differentiable."""
 
     @abstractmethod
     def initial_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
@@ -60,7 +45,7 @@ class Mixer(nn.Module, ABC):
 
 
 class Bidirectional(nn.Module):
-    """Sum of one mixer that reads forwards and of another that reads backwards; there is no state to continue from."""
+    """The sum of a mixer that reads forwards and of another that reads backwards; it has no state to go on from."""
 
     def __init__(self, forwards: Mixer, backwards: Mixer) -> None:
         super().__init__()
@@ -71,32 +56,113 @@ class Bidirectional(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length in_width"], state: None = None
     ) -> tuple[Float[Tensor, "batch length width"], State]:
-        there, _ = self.forwards(x)
-        back, _ = self.backwards(x.flip(1))
-        return there + back.flip(1), ()
+        y, _ = self.forwards(x)
+        reversed_y, _ = self.backwards(x.flip(1))
+        return y + reversed_y.flip(1), ()
 
 
 class Residual(nn.Module):
-    """Pre-norm residual block: `x + mixer(norm(x))`, then, where there is one, `x + mlp(norm(x))`."""
+    """Pre-norm residual block: `x + mixer(norm(x))`, then `x + mlp(mlp_norm(x))` unless `mlp_ratio` is 0."""
 
-    def __init__(self, mixer: Mixer | Bidirectional, width: int, mlp: Mixer | None) -> None:
+    def __init__(self, mixer: Mixer | Bidirectional, width: int, mlp_ratio: float) -> None:
         super().__init__()
         self.norm = RMSNorm(width)
         self.mixer = mixer
         self.causal = mixer.causal
-        self.mlp = nn.Sequential() if mlp is None else nn.Sequential(RMSNorm(width), mlp)
+        self.mlp = nn.Sequential(RMSNorm(width), GatedMLP(width, width, mlp_ratio)) if mlp_ratio else None
 
     def forward(
         self, x: Float[Tensor, "batch length width"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch length width"], State]:
-        mixed, state = self.mixer(self.norm(x).to(x.dtype), state)
-        return self._feed_forward(x + mixed), state
-
-    def _feed_forward(self, x: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
-        if not self.mlp:
-            return x
-        norm, mlp = self.mlp
-        return x + mlp(norm(x).to(x.dtype))[0]
+        mixed, state = self.mixer(self.norm(x), state)
+        x = x + mixed
+        return (x if self.mlp is None else x + self.mlp(x)), state
 
     def initial_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
         return self.mixer.initial_state(batch, device, dtype)
+
+
+class Backbone(nn.Module):
+    """A stack of `depth` mixers of one kind, `[B, L, width] -> [B, L, out_width]`.
+
+    bare: the mixers alone, as in RPG; otherwise each is a pre-norm residual block and a norm closes the stack.
+    out_width: width of the last layer where it differs (RPG's largest: 12288, then 16384); only a bare stack can widen.
+    bidirectional: each layer is the sum of a forward and a backward mixer with weights of their own.
+    mlp_ratio: hidden width, in multiples of `width`, of the gated MLP after each mixer; None takes the mixer's default.
+
+    Raises ConfigError where these contradict each other or the mixer.
+    """
+
+    def __init__(
+        self,
+        mixer: type[Mixer],
+        width: int,
+        *,
+        depth: int = 2,
+        out_width: int | None = None,
+        bare: bool = False,
+        bidirectional: bool = False,
+        mlp_ratio: float | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.out_width = width if out_width is None else out_width
+        if depth < 1:
+            raise ConfigError(f"a backbone needs at least one layer, not depth={depth}")
+        if self.out_width != width and not bare:
+            raise ConfigError(f"a residual backbone keeps its width ({width}); out_width={out_width} needs bare=true")
+        if bidirectional and not mixer.sequential:
+            remedy = "causal=false" if "causal" in inspect.signature(mixer).parameters else "bidirectional=false"
+            raise ConfigError(f"{mixer.__name__} has no direction to be read in, so no bidirectional=true; {remedy}")
+        if bare and mlp_ratio:
+            raise ConfigError(f"mlp_ratio={mlp_ratio} needs bare=false: a bare stack holds the mixers alone")
+        if mlp_ratio is None:
+            mlp_ratio = mixer.mlp_ratio
+
+        layers = []
+        for layer in range(depth):
+            sizes = (width, self.out_width if layer == depth - 1 else width)
+            settings = mixer.defaults(layer, depth) | options
+            one = mixer(*sizes, **settings)
+            if bidirectional:
+                one = Bidirectional(one, mixer(*sizes, **settings))
+            layers.append(one if bare else Residual(one, width, mlp_ratio))
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.Identity() if bare else RMSNorm(width)
+        self.causal = all(layer.causal for layer in layers)
+
+    def forward(self, x: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length out_width"]:
+        """The whole sequence at once."""
+        for layer in self.layers:
+            x, _ = layer(x)
+        return self.norm(x)
+
+    def scan(
+        self, x: Float[Tensor, "batch length width"], state: tuple[State, ...]
+    ) -> tuple[Float[Tensor, "batch length out_width"], tuple[State, ...]]:
+        """A stretch of the sequence, on from `state`; gives its output and the state after it, both differentiable."""
+        after = []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, last = layer(x, before)
+            after.append(last)
+        return self.norm(x), tuple(after)
+
+    def step(
+        self, x: Float[Tensor, "batch width"], state: tuple[State, ...]
+    ) -> tuple[Float[Tensor, "batch out_width"], tuple[State, ...]]:
+        """One token."""
+        y, state = self.scan(x[:, None], state)
+        return y[:, 0], state
+
+    def initial_state(
+        self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[State, ...]:
+        """The state before the first token, one entry a layer. Raises ConfigError unless the backbone is causal."""
+        if not self.causal:
+            raise ConfigError("a backbone that sees both sides has no state; give it whole sequences or make it causal")
+        return tuple(layer.initial_state(batch, device, dtype) for layer in self.layers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimiser should leave undecayed: vectors, and the rates of state spaces."""
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith("A_log")}

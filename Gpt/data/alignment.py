@@ -1,0 +1,206 @@
+"""Weight matching: permute a network's hidden units until its weights lie as near as possible to another network's.
+
+Follows Ainsworth et al. 2022, "Git Re-Basin" (arXiv 2209.04836), section 3.2: the units of one group at a time are
+assigned by the Hungarian algorithm while all others stay, until nothing improves. Where no tensor touches two groups
+(any network with one hidden layer) a single pass is exact; else the result is a local optimum.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from Gpt.structure import Structure, TensorSpec
+
+Permutations = dict[str, Int[Tensor, "R n"]]
+Tensors = dict[str, Float[Tensor, "R ..."]]
+MAX_SWEEPS = 30
+# Weights of one batch of pairs: keeps its few copies in tens of megabytes.
+PAIR_ELEMENTS = 2**22
+
+
+def is_exact(structure: Structure) -> bool:
+    """Whether `align` finds the global optimum: no tensor has two permuted axes, so the groups are independent."""
+    return all(sum(group is not None for group in t.groups) <= 1 for t in structure.tensors)
+
+
+def align(
+    weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"], structure: Structure
+) -> tuple[Float[Tensor, "R D"], Permutations]:
+    """Permute the hidden units of every network such that it comes as near to its reference as weight matching finds.
+
+    The networks compute the same functions as before, are never further from the reference than before, and aligning
+    them again changes nothing.
+
+    Args:
+        weights: networks to permute.
+        reference: one network `[D]` for all, or one for each `[R, D]`.
+
+    Returns:
+        The permuted networks, and the permutations as `Structure.permutation_index` takes them.
+    """
+    matching = _match(weights, reference, structure)
+    if not is_exact(structure):
+        # A second start, the network as it is: aligning never makes things worse.
+        direct = _descend(_Matching.identity(weights, reference, structure))
+        better = direct.similarity(structure.tensors) > matching.similarity(structure.tensors)
+        matching = matching.where(better, direct)
+    return structure.flatten(matching.current), matching.permutations
+
+
+def permutation_distance(
+    a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], structure: Structure, candidates: int | None = None
+) -> Float[Tensor, "n m"]:
+    """L2 distance of every pair of networks, minimum over permutations of hidden units.
+
+    Exact where `is_exact` holds, else the upper bound that weight matching finds.
+
+    Args:
+        candidates: match, for every row, only this many networks of `b`: the nearest once everything is aligned to
+            one common reference. The other entries then hold their distance in that common alignment, an upper bound
+            too. All of `b` when None.
+    """
+    if not structure.groups:
+        return _distances(a, b)
+    if candidates is None or candidates >= len(b):
+        distances = torch.full((len(a), len(b)), torch.inf, device=a.device)
+        columns = torch.arange(len(b), device=a.device).expand(len(a), -1)
+    else:
+        distances = _distances(*(_canonical(rows, b[0], structure) for rows in (a, b)))
+        columns = distances.topk(candidates, dim=1, largest=False).indices
+    matched = _pair_distances(a.repeat_interleave(columns.shape[1], 0), b, columns.flatten(), structure)
+    return distances.scatter_reduce(1, columns, matched.view(columns.shape), "amin")
+
+
+def _distances(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"]) -> Float[Tensor, "n m"]:
+    # The matrix-product form of cdist cancels badly for near-copies, which are what novelty measures look for.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def _pair_distances(
+    a: Float[Tensor, "pairs D"], b: Float[Tensor, "m D"], partner: Int[Tensor, " pairs"], structure: Structure
+) -> Float[Tensor, " pairs"]:
+    """Distance of every row of `a` to its partner in `b` after matching the partner to it."""
+    size = max(1, PAIR_ELEMENTS // structure.size)
+    parts = [
+        (align(b[chosen], rows, structure)[0] - rows).norm(dim=1)
+        for rows, chosen in zip(a.split(size), partner.split(size), strict=True)
+    ]
+    return torch.cat(parts).nan_to_num(torch.inf, posinf=torch.inf)
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """Networks on their way to their references: their tensors as permuted so far, and by which permutations."""
+
+    structure: Structure
+    reference: Tensors
+    current: Tensors
+    permutations: Permutations
+
+    @classmethod
+    def identity(cls, weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"], structure: Structure):
+        order = {g: torch.arange(n, device=weights.device).repeat(len(weights), 1) for g, n in structure.groups.items()}
+        return cls(structure, structure.unflatten(reference.expand_as(weights)), structure.unflatten(weights), order)
+
+    def touched(self, group: str) -> list[TensorSpec]:
+        return [t for t in self.structure.tensors if group in t.groups]
+
+    def similarity(self, tensors: Collection[TensorSpec]) -> Float[Tensor, " R"]:
+        """Inner product with the reference over some of the tensors."""
+        return sum((self.reference[t.name] * self.current[t.name]).flatten(1).sum(1) for t in tensors)
+
+    def best_assignment(self, group: str, tensors: Collection[TensorSpec]) -> Int[Tensor, "R n"]:
+        """For every unit of the reference, the current unit most similar to it by these tensors, one to one."""
+        count, total = self.structure.groups[group], 0
+        for t in tensors:
+            for axis in _axes(t, group):
+                left, right = (_units(side[t.name], axis, count) for side in (self.reference, self.current))
+                total = total + left @ right.mT
+        matrices = total.nan_to_num().cpu().numpy()
+        columns = [torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]) for matrix in matrices]
+        return torch.stack(columns).to(total.device)
+
+    def permuted(self, group: str, assignment: Int[Tensor, "R n"]) -> "_Matching":
+        """Put current unit `assignment[r, i]` in place i of network r."""
+        moved = {}
+        for t in self.touched(group):
+            value = self.current[t.name]
+            for axis in _axes(t, group):
+                value = _take_units(value, axis, assignment)
+            moved[t.name] = value
+        order = self.permutations[group].gather(1, assignment)
+        return replace(self, current=self.current | moved, permutations=self.permutations | {group: order})
+
+    def where(self, chosen: Bool[Tensor, " R"], other: "_Matching") -> "_Matching":
+        """The other matching for the chosen networks, this one for the rest."""
+
+        def pick(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: value
+                if value is theirs[name]
+                else torch.where(chosen.view(-1, *[1] * (value.dim() - 1)), theirs[name], value)
+                for name, value in mine.items()
+            }
+
+        return replace(
+            self, current=pick(self.current, other.current), permutations=pick(self.permutations, other.permutations)
+        )
+
+
+def _canonical(
+    weights: Float[Tensor, "R D"], reference: Float[Tensor, " D"], structure: Structure
+) -> Float[Tensor, "R D"]:
+    """Aligned to the reference in a way that does not depend on the order of the units: copies stay copies."""
+    return structure.flatten(_match(weights, reference, structure).current)
+
+
+def _match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"], structure: Structure) -> _Matching:
+    """Match the groups one after the other by those tensors whose other axes are matched already, then improve.
+
+    Which network comes out does not depend on the order of the units that went in.
+    """
+    matching = _Matching.identity(weights, reference, structure)
+    matched: set[str | None] = {None}
+    for group in structure.groups:
+        usable = [t for t in structure.tensors if [g for g in t.groups if g not in matched] == [group]]
+        if usable:
+            matching = matching.permuted(group, matching.best_assignment(group, usable))
+        matched.add(group)
+    return matching if is_exact(structure) else _descend(matching)
+
+
+def _descend(matching: _Matching) -> _Matching:
+    """Coordinate descent over the groups; a step is taken for the networks that it brings nearer to their reference."""
+    sides = (matching.reference, matching.current)
+    squares = [sum(value.flatten(1).square().sum(1) for value in side.values()) for side in sides]
+    tolerance = 1e-5 * (squares[0] * squares[1]).sqrt()  # a smaller gain is a rounding error
+    for _ in range(MAX_SWEEPS):
+        moved = False
+        for group in matching.structure.groups:
+            touched = matching.touched(group)
+            proposal = matching.permuted(group, matching.best_assignment(group, touched))
+            better = proposal.similarity(touched) > matching.similarity(touched) + tolerance
+            matching = matching.where(better, proposal)
+            moved = moved or bool(better.any())
+        if not moved:
+            break
+    return matching
+
+
+def _axes(spec: TensorSpec, group: str) -> list[int]:
+    return [axis for axis, name in enumerate(spec.groups) if name == group]
+
+
+def _units(value: Float[Tensor, "R ..."], axis: int, count: int) -> Float[Tensor, "R n features"]:
+    """One row per hidden unit: slices along an axis, a multiple axis cut into one contiguous block per unit."""
+    return value.movedim(axis + 1, 1).reshape(len(value), count, -1)
+
+
+def _take_units(value: Float[Tensor, "R ..."], axis: int, order: Int[Tensor, "R n"]) -> Float[Tensor, "R ..."]:
+    rows = torch.arange(len(value), device=value.device)[:, None]
+    moved = value.movedim(axis + 1, 1)
+    return _units(value, axis, order.shape[1])[rows, order].reshape(moved.shape).movedim(1, axis + 1)

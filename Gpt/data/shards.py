@@ -1,0 +1,322 @@
+"""The zoo on disk: one folder, a manifest, and per shard of runs three files that one worker writes and nobody changes.
+
+    manifest.json                 what was trained and how; written once
+    shard-00000.safetensors       "weights" [runs, snapshots, D], raw and contiguous, so a row is one read at an offset
+    shard-00000.metrics.safetensors   one [runs, snapshots] float32 tensor per column
+    shard-00000.json              run ids, dropped runs, sizes and SHA-256 of the two; written last: it makes the shard exist
+
+Every file is written under a temporary name, synchronised and renamed, so a reader sees a whole file or none.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from Gpt.errors import ZooError
+from Gpt.recipes import Recipe
+from Gpt.structure import Structure
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What all shards of a zoo have in common.
+
+    Attributes:
+        zoo: name of the zoo (tasks that share networks share a zoo).
+        fingerprint, tensors: the architecture, see `Gpt.structure`; `tensors` is `[[name, shape], …]`.
+        recipe: type and fields of the recipe, or where imported networks came from.
+        iterations: training iteration of every snapshot, increasing.
+        shard_runs: shard i holds the runs `[i * shard_runs, (i + 1) * shard_runs)`, less those dropped.
+        max_weight: runs with a larger absolute weight in any snapshot are dropped.
+        notes: what a reader of results has to know, in sentences.
+    """
+
+    zoo: str
+    fingerprint: str
+    tensors: list[list]
+    recipe: dict[str, Any]
+    seed: int
+    iterations: list[int]
+    dtype: str = "float32"
+    shard_runs: int = 256
+    max_weight: float = 10.0
+    notes: list[str] = dataclasses.field(default_factory=list)
+    format: int = FORMAT
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ZooError(f"zoo dtype {self.dtype!r} is not known, expected one of {', '.join(DTYPES)}")
+
+    @classmethod
+    def of(cls, zoo: str, structure: Structure, recipe: Recipe | dict, **fields: Any) -> "Manifest":
+        """The manifest of a zoo of one architecture, in the types that JSON gives back."""
+        if not isinstance(recipe, dict):
+            recipe = {"type": type(recipe).__name__, **dataclasses.asdict(recipe)}
+        tensors = [[t.name, list(t.shape)] for t in structure.tensors]
+        return cls(zoo, structure.fingerprint, tensors, recipe, **fields)
+
+    @property
+    def size(self) -> int:
+        """D, the length of one network's flat vector."""
+        return sum(torch.Size(shape).numel() for _, shape in self.tensors)
+
+    @property
+    def run_bytes(self) -> int:
+        """Stored bytes of one run."""
+        return len(self.iterations) * self.size * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises:
+    ZooError: there is no zoo in the folder, or its manifest is damaged or of another format version.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ZooError(f"there is no zoo at {folder}: {MANIFEST} is missing; collect it first, or mend the path")
+    fields = _read_json(file)
+    if fields.get("format") != FORMAT:
+        raise ZooError(f"{file} has format {fields.get('format')!r}, this version reads {FORMAT}; collect the zoo again")
+    try:
+        return Manifest(**fields)
+    except TypeError as error:
+        raise ZooError(f"{file} is not a zoo's manifest ({error}); collect the zoo again into another folder") from error
+
+
+def create_manifest(folder: Path, manifest: Manifest) -> None:
+    """Begin a zoo, or join one that has the same manifest; of several workers that begin at once, one writes it.
+
+    Raises:
+        ZooError: the folder holds a zoo with another manifest; names the first key that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    _write_synchronised(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
+    try:
+        os.link(temporary, folder / MANIFEST)  # unlike rename, fails where the file already exists
+    except FileExistsError:
+        check_same(folder, read_manifest(folder), manifest)
+    finally:
+        temporary.unlink()
+
+
+def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
+    """Raises:
+    ZooError: two manifests differ in more than their notes.
+    """
+    for field in dataclasses.fields(Manifest):
+        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        if old != new and field.name != "notes":
+            raise ZooError(
+                f"the zoo at {folder} has {_difference(field.name, old, new)}; "
+                "use another folder for the new zoo, or delete this one to collect it anew"
+            )
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
+        return _difference(f"{name}.{key}", old.get(key), new.get(key))
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{len(old)} {name}, this run asks for {len(new)}"
+        i = next(i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+        return _difference(f"{name}[{i}]", old[i], new[i])
+    return f"{name} {old!r}, this run asks for {new!r}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The index of one shard: `runs` is the half-open range it covers, `run_ids` those of it that are stored."""
+
+    runs: tuple[int, int]
+    run_ids: list[int]
+    dropped: dict[int, str]
+    files: dict[str, dict[str, Any]]
+
+
+def shard_files(folder: Path, index: int) -> dict[str, Path]:
+    """The three files of one shard, whether they exist or not: "index", "weights" and "metrics"."""
+    stem = f"shard-{index:05d}"
+    suffixes = {"index": ".json", "weights": ".safetensors", "metrics": ".metrics.safetensors"}
+    return {kind: folder / f"{stem}{suffix}" for kind, suffix in suffixes.items()}
+
+
+def write_shard(
+    folder: Path,
+    manifest: Manifest,
+    index: int,
+    run_ids: list[int],
+    weights: Float[Tensor, "runs snapshots D"],
+    metrics: Mapping[str, Float[Tensor, "runs snapshots"]],
+) -> Shard:
+    """Write the runs of one shard, less those with non-finite or exploded weights.
+
+    Raises:
+        ZooError: the disk is full; says how much room the shard needs.
+    """
+    dropped = _bad_runs(run_ids, weights, manifest.max_weight)
+    kept = torch.tensor([i for i, run in enumerate(run_ids) if run not in dropped], dtype=torch.long)
+    rows = weights.to(manifest.torch_dtype)[kept.to(weights.device)].cpu()
+    columns = {name: values[kept.to(values.device)].float().cpu().contiguous() for name, values in metrics.items()}
+    files = shard_files(folder, index)
+    try:
+        files["index"].unlink(missing_ok=True)  # a shard that is written anew does not exist until it is whole
+        sums = {
+            "weights": _write_atomically(files["weights"], _safetensors("weights", rows)),
+            "metrics": _write_atomically(files["metrics"], [safetensors.torch.save(columns)]),
+        }
+        shard = Shard((run_ids[0], run_ids[-1] + 1), [run_ids[i] for i in kept.tolist()], dropped, sums)
+        _write_atomically(files["index"], [json.dumps(dataclasses.asdict(shard)).encode()])
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = rows.numel() * rows.element_size()
+        raise ZooError(
+            f"no space left for {files['weights']}: this shard needs {needed / 2**20:,.1f} MiB; finished shards are kept, "
+            "make room and run again to continue (or use a smaller dtype, fewer snapshots or fewer runs)"
+        ) from error
+    return shard
+
+
+def read_shard(folder: Path, index: int) -> Shard | None:
+    """The index of one shard, or None while it is not finished."""
+    file = shard_files(folder, index)["index"]
+    if not file.is_file():
+        return None
+    fields = _read_json(file)
+    try:
+        dropped = {int(run): reason for run, reason in fields["dropped"].items()}
+        return Shard(tuple(fields["runs"]), fields["run_ids"], dropped, fields["files"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ZooError(f"{file} is damaged ({error!r}); {_remedy(folder, index)}") from error
+
+
+def finished_shards(folder: Path) -> list[int]:
+    """Indices of all finished shards, increasing."""
+    return sorted(int(file.stem.removeprefix("shard-")) for file in folder.glob("shard-?????.json"))
+
+
+def check_shard(folder: Path, manifest: Manifest, index: int, shard: Shard, checksums: bool = False) -> int:
+    """Compare a shard's files with its index.
+
+    Args:
+        checksums: also read every byte and compare the SHA-256.
+
+    Returns:
+        Offset of the first weight in the weights file, in bytes.
+
+    Raises:
+        ZooError: a file is missing, truncated or altered; names it.
+    """
+    files = shard_files(folder, index)
+    for kind, expected in shard.files.items():
+        file = files[kind]
+        if not file.is_file():
+            raise ZooError(f"{file} is missing; {_remedy(folder, index)}")
+        if file.stat().st_size != expected["bytes"]:
+            raise ZooError(
+                f"{file} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}; {_remedy(folder, index)}"
+            )
+        if checksums and _sha256(file) != expected["sha256"]:
+            raise ZooError(f"{file} was altered: its SHA-256 differs; {_remedy(folder, index)}")
+    shape = (len(shard.run_ids), len(manifest.iterations), manifest.size)
+    header = _safetensors_header("weights", manifest.torch_dtype, shape)
+    with files["weights"].open("rb") as stream:
+        if stream.read(len(header)) != header:
+            raise ZooError(f"{files['weights']} has an altered header; {_remedy(folder, index)}")
+    return len(header)
+
+
+def read_metrics(folder: Path, index: int) -> dict[str, Tensor]:
+    """The columns of one shard, `[runs, snapshots]` float32 each."""
+    file = shard_files(folder, index)["metrics"]
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ZooError(f"{file} is damaged ({error}); {_remedy(folder, index)}") from error
+
+
+def _remedy(folder: Path, index: int) -> str:
+    return f"delete {shard_files(folder, index)['index']} and collect again to make this shard anew"
+
+
+def _bad_runs(run_ids: list[int], weights: Tensor, max_weight: float) -> dict[int, str]:
+    largest = weights.abs().amax((1, 2)).tolist()  # NaN if any weight is NaN
+    bad = {}
+    for run, value in zip(run_ids, largest, strict=True):
+        if not value < float("inf"):
+            bad[run] = "a weight is not finite"
+        elif value > max_weight:
+            bad[run] = f"a weight reaches {value:.3g}, above max_weight {max_weight:g}"
+    return bad
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ZooError(f"{file} is not readable as JSON ({error}); delete it and collect again") from error
+    if not isinstance(fields, dict):
+        raise ZooError(f"{file} holds a {type(fields).__name__} instead of an object; delete it and collect again")
+    return fields
+
+
+def _safetensors_header(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """The start of a safetensors file of one tensor, padded with spaces so that data begin at a multiple of 8."""
+    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    size = torch.Size(shape).numel() * dtype.itemsize
+    entry = json.dumps({name: {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    entry += b" " * (-len(entry) % 8)
+    return len(entry).to_bytes(8, "little") + entry
+
+
+def _safetensors(name: str, tensor: Tensor) -> Iterable[bytes | memoryview]:
+    yield _safetensors_header(name, tensor.dtype, tuple(tensor.shape))
+    yield memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write under a temporary name, synchronise, rename. Returns size and SHA-256."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        description = _write_synchronised(temporary, parts)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return description
+
+
+def _write_synchronised(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("wb") as stream:
+        for part in parts:
+            stream.write(part)
+            digest.update(part)
+            size += len(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,99 @@
+"""What one network costs by each way to obtain it: floating-point operations counted, seconds measured elsewhere."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from Gpt.evaluation.prompting import Starts
+from Gpt.evaluation.results import Costs
+from Gpt.generator import Generator
+from Gpt.recipes import PpoRecipe
+from Gpt.tasks import Task
+
+# A backward pass takes about twice its forward pass: gradients of the inputs and of the weights.
+TRAINING_FACTOR = 3
+
+
+def sample_flops(generator: Generator, starts: Starts, steps: int | None, guidance: float) -> float:
+    """FLOPs of writing one network."""
+    prompt = {"target_metric": starts.metric[:1].repeat(2)[None].to(starts.weights)}
+    start = starts.weights[:1] if generator.needs_start else None
+    return count_flops(lambda: generator.sample(prompt, start, count=1, steps=steps, guidance=guidance))
+
+
+def forward_flops(task: Task) -> float:
+    """FLOPs of the network on one example; a dense network's two per weight where there is no training data to try."""
+    if task.train_data_fn is None:
+        return float(sum(2 * t.numel for t in task.structure.tensors if t.kind == "weight"))
+    inputs = task.data("train")[0]
+    net = copy.deepcopy(task.template).eval()
+    return count_flops(lambda: net(inputs[:1]))
+
+
+@torch.no_grad()
+def count_flops(work: Callable[[], object]) -> float:
+    """FLOPs of matrix products, convolutions and attention in a piece of work, two per multiply-add.
+
+    Runs it uncompiled and with attention spelt out: the counter sees neither compiled code nor fused CPU attention.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+def training_steps(task: Task) -> int | None:
+    """Gradient steps of one complete run of the recipe, None without one."""
+    recipe = task.recipe
+    if recipe is None:
+        return None
+    if isinstance(recipe, PpoRecipe):
+        return recipe.iterations * recipe.epochs * recipe.minibatches
+    return recipe.epochs * (len(task.data("train")[1]) // recipe.batch_size)
+
+
+def training_step_flops(task: Task) -> float:
+    """FLOPs of one gradient step of one network: batch x 3 forward passes; with PPO also its share of the rollouts."""
+    recipe = task.recipe
+    if recipe is None:
+        return 0.0
+    if isinstance(recipe, PpoRecipe):
+        transitions = recipe.environments * recipe.horizon
+        passes = transitions * (1 + TRAINING_FACTOR * recipe.epochs) / (recipe.epochs * recipe.minibatches)
+        return passes * forward_flops(task)
+    return recipe.batch_size * TRAINING_FACTOR * forward_flops(task)
+
+
+def break_even(fixed_seconds: float, sample_seconds: float, train_seconds: float) -> float | None:
+    """Number of networks from which `fixed_seconds` once and `sample_seconds` each beat `train_seconds` each."""
+    saved = train_seconds - sample_seconds
+    return fixed_seconds / saved if saved > 0 else None
+
+
+def costs(
+    task: Task,
+    *,
+    runs: int,
+    zoo_seconds: float,
+    generator_seconds: float,
+    sample_seconds: float,
+    train_seconds: float,
+    generator_flops: float,
+    flops_of_a_sample: float,
+) -> Costs:
+    """Everything behind one generated network beside one network's training by the recipe."""
+    train_flops = (training_steps(task) or 0) * training_step_flops(task)
+    return Costs(
+        zoo_seconds=zoo_seconds,
+        generator_seconds=generator_seconds,
+        sample_seconds=sample_seconds,
+        train_seconds=train_seconds,
+        zoo_flops=runs * train_flops,
+        generator_flops=generator_flops,
+        sample_flops=flops_of_a_sample,
+        train_flops=train_flops,
+        break_even=break_even(zoo_seconds + generator_seconds, sample_seconds, train_seconds),
+    )

@@ -1,0 +1,151 @@
+"""Ordinary optimisers from the generator's own starting networks, with the learning rate tuned on validation data.
+
+All networks and all learning rates train at once: one parameter group per learning rate, each a stack of networks, so
+that `torch.optim` itself does the updates. The loss is the cross-entropy on the task's training data.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from Gpt.evaluation.population import test_population
+from Gpt.evaluation.prompting import Starts
+from Gpt.evaluation.results import Trace
+from Gpt.evaluation.statistics import trace
+from Gpt.population import Population
+from Gpt.seeds import rng
+from Gpt.tasks import Task
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """An update rule and the powers of ten between which its learning rate is tuned."""
+
+    name: str
+    build: Callable[[list[dict]], torch.optim.Optimizer]
+    low: float
+    high: float
+
+    def learning_rates(self, count: int) -> list[float]:
+        return torch.logspace(self.low, self.high, count, dtype=torch.float64).tolist()
+
+
+OPTIMISERS = (
+    Optimiser("SGD, momentum 0.9", lambda groups: torch.optim.SGD(groups, momentum=0.9), -3, 1),
+    Optimiser("Adam", lambda groups: torch.optim.Adam(groups), -4, 0),
+    Optimiser("AdamW", lambda groups: torch.optim.AdamW(groups), -4, 0),
+)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An optimiser at one step count, with the learning rate that was best there on validation data.
+
+    Attributes:
+        weights: `[n, D]` networks from the starts that are reported.
+        at_edge: the best rate was the lowest or highest of the grid.
+    """
+
+    steps: int
+    learning_rate: float
+    at_edge: bool
+    weights: Float[Tensor, "n D"]
+
+
+@torch.enable_grad()
+def optimise(
+    task: Task,
+    starts: Float[Tensor, "n D"],
+    optimiser: Optimiser,
+    learning_rates: Sequence[float],
+    steps: Sequence[int],
+    seed: int,
+) -> Float[Tensor, "steps rates n D"]:
+    """Train every start with every learning rate; the networks after each of the (increasing) step counts.
+
+    Mini-batches have the recipe's size and are drawn afresh for every network and step, the same ones for every rate.
+    """
+    device = starts.device
+    x, y = task.data("train", device)
+    draw = rng(device, seed, "mini-batches")
+    stacks = [starts.clone().requires_grad_() for _ in learning_rates]
+    groups = [{"params": [stack], "lr": rate} for stack, rate in zip(stacks, learning_rates, strict=True)]
+    rule = optimiser.build(groups)
+    population = Population(task.template, task.structure, starts)
+    kept = []
+    for step in range(max(steps) + 1):
+        if step in steps:
+            kept.append(torch.stack([stack.detach() for stack in stacks]))
+        if step == max(steps):
+            break
+        batch = torch.randint(len(y), (len(starts), task.recipe.batch_size), generator=draw, device=device)
+        population.weights = torch.cat(stacks)
+        images = x[batch].repeat(len(stacks), *[1] * x.dim())
+        logits = population.each(images)
+        # A sum over networks: every network then gets the gradient of its own mean loss.
+        loss = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(stacks), 1).flatten(), reduction="sum")
+        rule.zero_grad()
+        (loss / batch.shape[1]).backward()
+        rule.step()
+    return torch.stack(kept)
+
+
+def checkpoint_steps(last: int, extra: Sequence[int] = ()) -> list[int]:
+    """0, 1, 2, 5, 10, 20, 50, ... up to `last`, and the extra ones that lie within."""
+    steps = {0, last, *(step for step in extra if 0 <= step <= last)}
+    decade = 1
+    while decade <= last:
+        steps |= {decade * factor for factor in (1, 2, 5) if decade * factor <= last}
+        decade *= 10
+    return sorted(steps)
+
+
+def tune(
+    task: Task,
+    optimiser: Optimiser,
+    tuning: Starts,
+    starts: Starts,
+    *,
+    budgets: Sequence[int],
+    learning_rates: int,
+    seed: int,
+) -> tuple[list[Tuned], Trace]:
+    """Choose the learning rate of every budget (a number of steps) on validation data, then run it from the starts.
+
+    Returns:
+        One entry per budget, and the trace of the largest budget's learning rate in the task's test metric.
+    """
+    grid = optimiser.learning_rates(learning_rates)
+    budgets = sorted(set(budgets))
+    tried = optimise(task, tuning.weights, optimiser, grid, budgets, seed)
+    chosen = [_best_rate(task, networks) for networks in tried]
+    rates = sorted(set(chosen))
+    steps = checkpoint_steps(budgets[-1], budgets)
+    trained = optimise(task, starts.weights, optimiser, [grid[i] for i in rates], steps, seed + 1)
+    tuned = [
+        Tuned(budget, grid[i], i in (0, len(grid) - 1), trained[steps.index(budget), rates.index(i)])
+        for budget, i in zip(budgets, chosen, strict=True)
+    ]
+    longest = trained[:, rates.index(chosen[-1])]
+    metric = test_population(task, longest.flatten(0, 1), "test")[f"test_{task.metric}"].view(longest.shape[:2])
+    return tuned, trace(optimiser.name, "optimiser", steps, list(metric), seed)
+
+
+def step_seconds(task: Task, starts: Starts, seed: int, steps: int = 10) -> float:
+    """Wall-clock seconds of one SGD step of one network on this machine, all starts training together."""
+    optimise(task, starts.weights, OPTIMISERS[0], [0.1], [1], seed)
+    began = time.perf_counter()
+    optimise(task, starts.weights, OPTIMISERS[0], [0.1], [steps], seed).sum().item()  # waits for the device
+    return (time.perf_counter() - began) / steps / len(starts.weights)
+
+
+def _best_rate(task: Task, networks: Float[Tensor, "rates n D"]) -> int:
+    """Index of the rate with the best mean validation metric; a rate that breaks a network is out."""
+    metric = test_population(task, networks.flatten(0, 1), "validation")[f"validation_{task.metric}"]
+    mean = metric.view(networks.shape[:2]).mean(1)
+    return int(mean.argmin() if task.minimize else mean.argmax())

@@ -1,0 +1,123 @@
+"""A task's test function on many networks at once, in bounded memory."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from Gpt.errors import TaskError
+from Gpt.population import Population
+from Gpt.tasks import Task
+
+# Networks x examples of one forward pass: the largest built-in network (3-16-32 convolutions) then takes about 2 GB.
+CELLS = 2**15
+COMPANION = {"loss": "error", "error": "loss"}
+
+
+class ChunkedPopulation(Population):
+    """A population that sees `examples` inputs at a time; networks in eval mode treat every example by itself."""
+
+    def __init__(self, task: Task, weights: Float[Tensor, "P D"]):
+        super().__init__(task.template, task.structure, weights)
+        self.examples = max(1, CELLS // len(weights))
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.cat([super(ChunkedPopulation, self).__call__(part) for part in inputs.split(self.examples)], dim=1)
+
+
+@torch.no_grad()
+def test_population(
+    task: Task,
+    weights: Float[Tensor, "P D"],
+    split: str,
+    *,
+    batch: int = 256,
+    device: torch.device | str | None = None,
+) -> dict[str, Float[Tensor, " P"]]:
+    """Measure every network with the task's test function.
+
+    A batched task is called once for every `batch` networks, any other once for each network. A metric that is not a
+    number becomes the worst one, so that a broken network counts as broken.
+
+    Returns:
+        `{f"{split}_{metric}": [P]}` on the CPU. A batched classification task whose function returns a pair, (loss,
+        error) or (error, loss), gives both columns.
+
+    Raises:
+        TaskError: the batched test function did not return one number per network.
+    """
+    device = device or weights.device
+    data = task.data(split, device)
+    if not task.batched:
+        values = [_first(task.task_test_fn(*data, net)) for net in _one_by_one(task, weights, device)]
+        return {f"{split}_{task.metric}": _finite_or_worst(torch.tensor(values).float(), task.metric, task.minimize)}
+    columns: dict[str, list[Tensor]] = {}
+    for chunk in weights.split(batch):
+        result = task.task_test_fn(*data, ChunkedPopulation(task, chunk.to(device)))
+        for metric, value in _named(task, result).items():
+            columns.setdefault(metric, []).append(_column(task, value, len(chunk)))
+    return {
+        f"{split}_{metric}": _finite_or_worst(torch.cat(parts), metric, task.minimize)
+        for metric, parts in columns.items()
+    }
+
+
+@torch.no_grad()
+def correct_population(
+    task: Task,
+    weights: Float[Tensor, "P D"],
+    split: str,
+    *,
+    batch: int = 256,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "P N"]:
+    """Which of the split's N examples every network gets right, on the CPU.
+
+    Raises:
+        TaskError: the task has no `correct_fn`.
+    """
+    if task.correct_fn is None:
+        raise TaskError(f"task {task.name!r} has no correct_fn, which per-example measures are made from; add one")
+    device = device or weights.device
+    data = task.data(split, device)
+    if not task.batched:
+        return torch.stack([task.correct_fn(*data, net).cpu() for net in _one_by_one(task, weights, device)])
+    populations = (ChunkedPopulation(task, chunk.to(device)) for chunk in weights.split(batch))
+    return torch.cat([task.correct_fn(*data, population).cpu() for population in populations])
+
+
+def _one_by_one(task: Task, weights: Float[Tensor, "P D"], device: torch.device | str) -> Iterator[nn.Module]:
+    """The same module with the weights of one network after the other."""
+    net = copy.deepcopy(task.template).to(device).eval()
+    for row in weights:
+        net.load_state_dict(task.structure.state_dict(row))
+        yield net
+
+
+def _first(result) -> float:
+    return float(result[0] if isinstance(result, tuple | list) else result)
+
+
+def _named(task: Task, result) -> dict[str, Tensor]:
+    """The test function's result by metric; the second item of a pair is a loss's error or an error's loss."""
+    if not isinstance(result, tuple | list):
+        return {task.metric: result}
+    names = [task.metric, COMPANION[task.metric]] if task.metric in COMPANION and len(result) == 2 else [task.metric]
+    return dict(zip(names, result, strict=False))
+
+
+def _column(task: Task, value, count: int) -> Float[Tensor, " P"]:
+    value = torch.as_tensor(value).detach().float().cpu()
+    if value.shape != (count,):
+        raise TaskError(
+            f"task {task.name!r}: batched task_test_fn returned shape {tuple(value.shape)} for {count} networks, "
+            f"expected one number per network; set batched to False if it takes one network at a time"
+        )
+    return value
+
+
+def _finite_or_worst(values: Float[Tensor, " P"], metric: str, minimize: bool) -> Float[Tensor, " P"]:
+    worst = torch.inf if minimize or metric in COMPANION else -torch.inf
+    return torch.where(values.isnan(), worst, values)

@@ -1,0 +1,198 @@
+"""G.pt with neuron tokens: given a starting network and a prompt, write the updated network.
+
+Data flow of one denoising step, for a batch of B networks:
+
+    residual r = (target - start) / spread          per-tensor spread, so that every layer counts alike; r = 0 is "no change"
+    r_t = alpha r + sigma noise                     the objective's path
+    tokens [B, T, width] = embed(r_t, start)        one token per hidden unit, see Gpt.neurons
+    blocks with adaLN-zero (Peebles & Xie 2023)     time and prompt enter every block; no positional code where none is needed
+    r_hat = c_skip r_t + c_out head(tokens)         EDM preconditioning (Karras et al. 2022, table 1) for unit-variance data
+
+The head starts at zero: before training, sampling from a network gives this network back, plus what is left of the noise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from Gpt.conditions import Conditions, fourier_features
+from Gpt.data.normalization import Normalizer
+from Gpt.diffusion.objectives import Objective
+from Gpt.diffusion.samplers import SAMPLERS, guided
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch, Generator, Prompt
+from Gpt.neurons import NeuronTokens
+from Gpt.seeds import rng as seeded
+from Gpt.structure import Structure
+
+
+@dataclass(frozen=True)
+class GptConfig:
+    """Size and sampling defaults.
+
+    Attributes:
+        width, depth, heads: of the transformer.
+        steps, sampler: default sampling.
+    """
+
+    width: int = 192
+    depth: int = 4
+    heads: int = 6
+    sampler: str = "euler"
+    steps: int = 10
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, modulated by the condition; the gates start at zero, so the block starts as the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Float[Tensor, "B T width"], condition: Float[Tensor, "B width"]) -> Float[Tensor, "B T width"]:
+        parts = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        x = x + gate_a * self._attend(_norm(x) * (1 + scale_a) + shift_a)
+        return x + gate_m * self.down(F.gelu(self.up(_norm(x) * (1 + scale_m) + shift_m)))
+
+    def _attend(self, x: Float[Tensor, "B T width"]) -> Float[Tensor, "B T width"]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Normalised queries and keys keep logits bounded at any width (Dehghani et al. 2023).
+        mixed = F.scaled_dot_product_attention(_norm(q), _norm(k), v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class NeuronTransformer(nn.Module):
+    """(r_t, start, noise level, condition) -> estimate of the residual r, on normalised weights `[B, D]`."""
+
+    def __init__(self, tokens: NeuronTokens, width: int, depth: int, heads: int):
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"generator.width={width} is not a multiple of generator.heads={heads}")
+        self.tokens = tokens
+        self.embed = nn.ModuleList(nn.Linear(2 * entries, width) for _, entries in tokens.shapes)
+        places = tokens.count if tokens.entangled else len(tokens.types)
+        self.position = nn.Parameter(0.02 * torch.randn(places, width))
+        self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final = nn.Linear(width, 2 * width)
+        self.heads = nn.ModuleList(nn.Linear(width, entries) for _, entries in tokens.shapes)
+        for layer in (self.final, *self.heads):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        r_t: Float[Tensor, "B D"],
+        start: Float[Tensor, "B D"],
+        alpha: Float[Tensor, " B"],
+        sigma: Float[Tensor, " B"],
+        condition: Float[Tensor, "B width"],
+    ) -> Float[Tensor, "B D"]:
+        alpha, sigma = alpha[:, None], sigma[:, None]
+        power = alpha.square() + sigma.square()
+        noised = self.tokens.encode(r_t * power.rsqrt())
+        given = self.tokens.encode(start)
+        x = torch.cat(
+            [embed(torch.cat(pair, -1)) for embed, *pair in zip(self.embed, noised, given, strict=True)], dim=1
+        )
+        x = x + self._positions()
+        condition = condition + self.time(fourier_features((sigma / (alpha + sigma)).squeeze(1), _TIME_OCTAVES))
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.final(F.silu(condition))[:, None].chunk(2, dim=-1)
+        x = _norm(x) * (1 + scale) + shift
+        parts = x.split([units for units, _ in self.tokens.shapes], dim=1)
+        change = self.tokens.decode([head(part) for head, part in zip(self.heads, parts, strict=True)])
+        return alpha / power * r_t + sigma * power.rsqrt() * change
+
+    def _positions(self) -> Float[Tensor, "T width"]:
+        """One code per token type, or one per token where units of two layers meet in a tensor."""
+        if self.tokens.entangled:
+            return self.position
+        units = torch.tensor([n for n, _ in self.tokens.shapes], device=self.position.device)
+        return self.position.repeat_interleave(units, dim=0, output_size=self.tokens.count)
+
+
+class Gpt(Generator):
+    """The loss-, error- or return-prompted generator of network updates.
+
+    Args:
+        structure: architecture of the networks.
+        conditions: what it can be prompted with; of width `config.width`.
+        objective: any objective that predicts x0.
+    """
+
+    needs_start = True
+
+    def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: GptConfig):
+        super().__init__()
+        if objective.prediction != "x0":
+            raise ConfigError(f"the G.pt generator predicts x0; objective.prediction={objective.prediction} does not fit")
+        self.config, self.objective, self.conditions = config, objective, conditions
+        self.structure = structure
+        self.default_steps = config.steps
+        self.normalizer = Normalizer(structure)
+        self.network = NeuronTransformer(NeuronTokens(structure), config.width, config.depth, config.heads)
+
+    @property
+    def augment(self) -> bool:
+        """Whether training must draw hidden-unit permutations because the network is not equivariant by itself."""
+        return self.network.tokens.entangled
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
+        count, device = len(batch.target), batch.target.device
+        start = self.normalizer.encode(batch.start)
+        residual = (self.normalizer.encode(batch.target) - start) / self.normalizer.spread
+        t = self.objective.draw_times(count, rng, device)
+        noise = torch.randn(residual.shape, generator=rng, device=device)
+        condition = self.conditions(batch.prompt, count, self.conditions.keep(count, rng))
+        return self.objective.loss(self._network(start, condition), residual, t, noise).mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: Prompt,
+        start: Float[Tensor, "B D"] | None = None,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        noise: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B D"]:
+        if start is None:
+            raise ConfigError("this generator updates networks: sampling needs the starting networks `start`")
+        begin, rng = self.normalizer.encode(start), seeded(start.device, seed, "sample")
+        if noise is None:
+            noise = torch.randn(start.shape, generator=rng, device=start.device)
+        with_prompt = self.objective.denoiser(self._network(begin, self.conditions(prompt, len(start))))
+        without = self.objective.denoiser(self._network(begin, self.conditions({}, len(start))))
+        denoise = guided(with_prompt, without, guidance)
+        residual = SAMPLERS[self.config.sampler](denoise, self.objective, noise, steps or self.default_steps, rng)
+        return self.normalizer.decode(begin + residual * self.normalizer.spread)
+
+    def _network(self, start: Tensor, condition: Tensor):
+        def network(r_t: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = self.objective.alpha_sigma(t)
+            return self.network(r_t, start, alpha, sigma, condition)
+
+        return network
+
+
+_TIME_OCTAVES = 8
+_TIME_FEATURES = 1 + 2 * _TIME_OCTAVES
+
+
+def _norm(x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+    return F.layer_norm(x, x.shape[-1:])

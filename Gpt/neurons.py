@@ -1,0 +1,84 @@
+"""Neuron tokens: one token per hidden unit, holding every weight that touches it.
+
+A unit of the MLP 784-10-10 becomes its 784 incoming weights, its bias and its 10 outgoing weights; what belongs to no unit (the
+output bias) is one more token: 11 tokens instead of 26. Renaming hidden units only reorders such tokens. Where every tensor has
+at most one permuted axis, a transformer without positional code is therefore exactly equivariant and needs no augmentation. A
+tensor between two hidden layers appears in the tokens of both its ends, ordered by the index of the other end; then unit
+positions must be embedded and the permutations drawn as augmentation (`entangled` says which case it is).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from Gpt.errors import StructureError
+from Gpt.structure import Structure
+
+
+class NeuronTokens(nn.Module):
+    """Flat rows `[B, D]` <-> one `[B, units, entries]` block per token type (each symmetry group, then the rest).
+
+    Attributes:
+        types: names of the token types, in order; the last is "rest" where some weights touch no unit.
+        shapes: `(units, entries)` of each type.
+        entangled: True when a tensor joins two hidden layers.
+
+    Raises:
+        StructureError: the structure has no symmetry, so there are no hidden units to make tokens of.
+    """
+
+    indices: list[Int[Tensor, "units entries"]]
+
+    def __init__(self, structure: Structure):
+        super().__init__()
+        if not structure.groups:
+            raise StructureError(
+                "neuron tokens need the hidden-unit symmetry of the network; give the task a `symmetry` key, "
+                "or choose another tokenisation (generator.tokens=chunk_within_layer)"
+            )
+        blocks = {group: _unit_entries(structure, group, n) for group, n in structure.groups.items()}
+        touched = torch.cat([block.flatten() for block in blocks.values()])
+        rest = torch.ones(structure.size, dtype=torch.bool)
+        rest[touched] = False
+        if rest.any():
+            blocks["rest"] = rest.nonzero().T
+        self.types = tuple(blocks)
+        self.shapes = tuple((block.shape[0], block.shape[1]) for block in blocks.values())
+        self.entangled = len(touched) + int(rest.sum()) > structure.size
+        for name, block in blocks.items():
+            self.register_buffer(f"index_{name}", block, persistent=False)
+        slots = torch.cat([block.flatten() for block in blocks.values()])
+        order = slots.argsort(stable=True)
+        counts = slots.bincount(minlength=structure.size)
+        first = counts.cumsum(0) - counts
+        self.register_buffer("first", order[first], persistent=False)
+        self.register_buffer("last", order[first + counts - 1], persistent=False)
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return sum(units for units, _ in self.shapes)
+
+    def encode(self, flat: Float[Tensor, "B D"]) -> list[Float[Tensor, "B units entries"]]:
+        """Gather the entries of every token."""
+        return [flat[:, getattr(self, f"index_{name}")] for name in self.types]
+
+    def decode(self, blocks: list[Float[Tensor, "B units entries"]]) -> Float[Tensor, "B D"]:
+        """Put entries back in place; a weight that two tokens hold becomes their mean."""
+        slots = torch.cat([block.flatten(1) for block in blocks], dim=1)
+        if not self.entangled:
+            return slots[:, self.first]
+        return (slots[:, self.first] + slots[:, self.last]) / 2
+
+
+def _unit_entries(structure: Structure, group: str, units: int) -> Int[Tensor, "units entries"]:
+    """Flat positions of every weight that touches each unit of a group, in the same order for every unit."""
+    parts = []
+    for t in structure.tensors:
+        position = torch.arange(t.offset, t.slice.stop).reshape(t.shape)
+        axes = [axis for axis, name in enumerate(t.groups) if name == group]
+        if len(axes) > 1:
+            raise StructureError(f"{t.name!r} has the symmetry group {group!r} on two axes, which neuron tokens cannot hold")
+        if axes:
+            parts.append(position.movedim(axes[0], 0).reshape(units, -1))
+    return torch.cat(parts, dim=1)

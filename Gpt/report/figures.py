@@ -1,0 +1,312 @@
+"""The figures of a run, one function each; without data to draw, each raises ValueError."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from Gpt.evaluation.results import Interval, Novelty, PromptCurve, Results, Trace
+from Gpt.report.logger import Metrics, read_metrics
+from Gpt.report.style import (
+    COLOURS,
+    DASHES,
+    INK,
+    MARKERS,
+    MUTED,
+    label_right,
+    metric_scale,
+    new_figure,
+    save,
+    shade,
+    styled,
+)
+from Gpt.report.text import curve_kind, format_interval, metric_label, novelty_kind
+
+
+@styled
+def prompt_alignment(results: Results) -> Figure:
+    """Asked against achieved, one panel per prompt curve on common axes."""
+    curves = _present(results.curves, "prompt curves")
+    rows, columns = _grid(len(curves))
+    figure = new_figure(max(6.5, 3.9 * columns), 4.3 * rows + 0.5)
+    shared = None
+    for place, curve in enumerate(curves):
+        axis = shared = figure.add_subplot(rows, columns, place + 1, sharex=shared, sharey=shared)
+        _draw_curve(axis, curve)
+        for row in results.table:
+            if row.kind == "reference" and results.metric in row.metrics:
+                axis.axhline(row.metrics[results.metric].mean, color=COLOURS["reference"], lw=1.2, label=row.name)
+        metric = metric_label(results.metric.removeprefix("test_").removeprefix("validation_"))
+        axis.set_xlabel(f"asked {metric}")
+        axis.set_ylabel(f"achieved {metric}" if place % columns == 0 else "")
+    _limit_achieved(figure.axes[0], curves)
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def optimisers(results: Results) -> Figure:
+    """Optimiser traces over their steps, the generator, the references and the baselines as levels."""
+    traces = _present(results.optimisers, "optimiser traces")
+    figure = new_figure(10.0, 6.0)
+    axis = figure.subplots()
+    _draw_traces(axis, traces)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    levels = [row for row in results.table if row.kind != "optimiser" and results.metric in row.metrics]
+    axis.set_xlim(0, max(max(trace.x) for trace in traces))
+    level_values = [row.metrics[results.metric].mean for row in levels]
+    metric_scale(axis, "y", [*_trace_values(traces), *level_values], results.minimize)
+    axis.set_xlabel("optimiser steps")
+    axis.set_ylabel(metric_label(results.metric))
+    for row in levels:
+        interval = row.metrics[results.metric]
+        if math.isfinite(interval.mean):
+            width = 2.2 if row.kind == "generator" else 1.1
+            axis.axhline(interval.mean, color=COLOURS[row.kind], lw=width, zorder=1.5)
+            if math.isfinite(interval.high - interval.low):
+                alpha = 0.06 if row.kind == "baseline" else 0.15
+                axis.axhspan(interval.low, interval.high, color=COLOURS[row.kind], alpha=alpha, lw=0)
+    figure.draw_without_rendering()  # the labels are placed in the final axes
+    label_right(
+        axis,
+        [
+            (row.metrics[results.metric].mean, row.name, COLOURS[row.kind])
+            for row in levels
+            if math.isfinite(row.metrics[results.metric].mean)
+        ],
+    )
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def table(results: Results) -> Figure:
+    """All rows of the table as dots with their intervals, the best on top."""
+    rows = _present([row for row in results.table if results.metric in row.metrics], f"rows with {results.metric}")
+    rows = sorted(rows, key=lambda row: _rank(row.metrics[results.metric].mean, results.minimize), reverse=True)
+    figure = new_figure(10.0, 0.36 * len(rows) + 1.4)
+    axis = figure.subplots()
+    for height, row in enumerate(rows):
+        interval = row.metrics[results.metric]
+        mean, bounds = format_interval(interval)
+        _draw_interval(axis, interval, height, COLOURS[row.kind])
+        axis.annotate(
+            f"{mean}   [{bounds}]",
+            xy=(1.02, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=10,
+            color=COLOURS[row.kind],
+            annotation_clip=False,
+        )
+    axis.set_yticks(range(len(rows)), [row.name for row in rows])
+    for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+        label.set_color(COLOURS[row.kind])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    metric_scale(axis, "x", [row.metrics[results.metric].mean for row in rows], results.minimize)
+    axis.set_xlabel(metric_label(results.metric))
+    for kind in [kind for kind in COLOURS if any(row.kind == kind for row in rows)]:
+        axis.plot([], [], "o", color=COLOURS[kind], label=kind)
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def recursive(results: Results) -> Figure:
+    """The metric after 0, 1, 2, … updates, from every kind of start."""
+    traces = _present(results.recursive, "recursive traces")
+    figure = new_figure(9.0, 5.5)
+    axis = figure.subplots()
+    _draw_traces(axis, traces, markers=True)
+    levels = [r for r in results.table if r.kind == "reference" and results.metric in r.metrics]
+    for row in levels:
+        axis.axhline(row.metrics[results.metric].mean, color=COLOURS["reference"], lw=1.2, label=row.name, zorder=1.5)
+    level_values = [row.metrics[results.metric].mean for row in levels]
+    metric_scale(axis, "y", [*_trace_values(traces), *level_values], results.minimize)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("updates by the generator")
+    axis.set_ylabel(metric_label(results.metric))
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def novelty(results: Results) -> Figure:
+    """Distance ratio against metric, one point per set of networks, and error overlap where it was measured."""
+    sets = _present(results.novelty, "novelty rows")
+    overlaps = [n for n in sets if n.error_overlap is not None]
+    figure = new_figure(11.0 if overlaps else 7.0, 5.2)
+    axes = figure.subplots(1, 2 if overlaps else 1, sharey=True, squeeze=False)[0]
+    _draw_sets(axes[0], [(n, n.distance_ratio) for n in sets])
+    axes[0].axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
+    axes[0].set_xlabel("distance to the nearest training network\n(1 = between training networks)")
+    axes[0].set_ylabel(metric_label(results.metric))
+    if overlaps:
+        _draw_sets(axes[1], [(n, n.error_overlap) for n in overlaps])
+        axes[1].set_xlabel("overlap of wrongly classified examples\nwith the most similar training network (IoU)")
+    metric_scale(axes[0], "y", [n.metric.mean for n in sets], results.minimize)
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def training(metrics: Sequence[Metrics]) -> Figure:
+    """Training curves from the lines of metrics.jsonl: losses in one panel, every other validation score in its own."""
+    names = sorted({name for line in metrics for name in line} - {"step", "time"})
+    losses = [name for name in names if name in ("train/loss", "validation/loss")]
+    scores = [name for name in names if name.startswith("validation/") and name not in losses]
+    panels = _present(([losses] if losses else []) + [[name] for name in scores], "training curves")
+    rows, columns = _grid(len(panels))
+    figure = new_figure(max(7.0, 4.2 * columns), 3.7 * rows)
+    for place, names_here in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, place + 1)
+        for name in names_here:
+            _draw_series(axis, metrics, name, COLOURS["baseline" if name == "train/loss" else "generator"])
+        axis.set_title("loss" if names_here == losses else names_here[0].removeprefix("validation/").replace("_", " "))
+        axis.set_xlabel("step")
+        if names_here == losses:
+            metric_scale(axis, "y", [line[n] for line in metrics for n in losses if n in line], minimize=True)
+            axis.legend(loc="upper right")
+    return figure
+
+
+def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str, Path]:
+    """Draw every figure there is data for into `folder` (PNG and SVG); returns `{name: path of the PNG}`."""
+    metrics = read_metrics(metrics_path)
+    logged = any(name.startswith(("train/", "validation/")) for line in metrics for name in line)
+    figures = {
+        "table": table(results) if results.table else None,
+        "prompt_alignment": prompt_alignment(results) if results.curves else None,
+        "optimisers": optimisers(results) if results.optimisers else None,
+        "recursive": recursive(results) if results.recursive else None,
+        "novelty": novelty(results) if results.novelty else None,
+        "training": training(metrics) if logged else None,
+    }
+    return {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None}
+
+
+def _present(items: list, what: str) -> list:
+    if not items:
+        raise ValueError(f"there is nothing to draw: the results hold no {what}")
+    return items
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns of a page of panels: at most three wide, four as a square."""
+    columns = 2 if panels == 4 else min(3, panels)
+    return math.ceil(panels / columns), columns
+
+
+def _finite(values: ArrayLike) -> np.ndarray:
+    """Diverged values (inf, nan) as nan, which leaves a gap instead of stretching the axes."""
+    array = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _rank(mean: float, minimize: bool) -> float:
+    return math.inf if math.isnan(mean) else (mean if minimize else -mean)
+
+
+def _draw_curve(axis: Axes, curve: PromptCurve) -> None:
+    colour = COLOURS[curve_kind(curve)]
+    prompted, achieved = np.asarray(curve.prompted), _finite(curve.achieved)
+    axis.plot(prompted.T, achieved.T, color=colour, lw=0.7, alpha=min(0.5, max(0.12, 8 / len(prompted))))
+    ends = [prompted.min(), prompted.max()]
+    axis.plot(ends, ends, color=INK, lw=1.2, dashes=(4, 3), label="achieved = asked")
+    whole = np.isfinite(achieved).all(axis=0)
+    axis.plot(
+        prompted.mean(axis=0)[whole],
+        achieved.mean(axis=0)[whole],
+        color=colour,
+        lw=2.6,
+        label=f"mean, {curve_kind(curve)}",
+    )
+    mean, bounds = format_interval(curve.alignment)
+    diverged = int((~np.isfinite(achieved)).any(axis=1).sum())
+    axis.set_title(curve.name + (f" ({diverged} diverged)" if diverged else ""), pad=20)
+    axis.annotate(f"R² {mean}  [{bounds}]", xy=(0, 1.02), xycoords="axes fraction", color=colour, fontsize=10)
+
+
+def _limit_achieved(axis: Axes, curves: Sequence[PromptCurve]) -> None:
+    """Show 99 % of what was achieved: one exploding network must not flatten all others."""
+    asked = np.concatenate([np.ravel(c.prompted) for c in curves])
+    achieved = np.concatenate([np.ravel(c.achieved) for c in curves])
+    achieved = achieved[np.isfinite(achieved)] if np.isfinite(achieved).any() else asked
+    low = min(asked.min(), np.percentile(achieved, 0.5))
+    high = max(asked.max(), np.percentile(achieved, 99.5))
+    margin = 0.04 * (high - low or 1.0)
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _draw_traces(axis: Axes, traces: Sequence[Trace], markers: bool = False) -> None:
+    counts: dict[str, int] = {}
+    for trace in traces:
+        index = counts.get(trace.kind, 0)
+        counts[trace.kind] = index + 1
+        colour = shade(trace.kind, index, sum(t.kind == trace.kind for t in traces))
+        look: dict[str, Any] = {"color": colour, "dashes": DASHES[index % len(DASHES)], "label": trace.name}
+        if markers:
+            look |= {"marker": MARKERS[index % len(MARKERS)], "ms": 6}
+        axis.plot(trace.x, _finite(trace.mean), **look)
+        axis.fill_between(trace.x, _finite(trace.low), _finite(trace.high), color=colour, alpha=0.15, lw=0)
+
+
+def _trace_values(traces: Sequence[Trace]) -> list[float]:
+    return [value for trace in traces for value in trace.mean]
+
+
+def _draw_interval(axis: Axes, interval: Interval, height: int, colour: str) -> None:
+    low, mean, high = _finite([interval.low, interval.mean, interval.high])
+    axis.plot([low, high], [height, height], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
+    axis.plot([mean], [height], "o", color=colour, ms=7)
+
+
+def _draw_sets(axis: Axes, points: Sequence[tuple[Novelty, float]]) -> None:
+    counts: dict[str, int] = {}
+    for row, x in points:
+        kind = novelty_kind(row.name)
+        marker = MARKERS[counts.setdefault(kind, 0) % len(MARKERS)]
+        counts[kind] += 1
+        low, mean, high = _finite([row.metric.low, row.metric.mean, row.metric.high])
+        axis.plot([x, x], [low, high], color=COLOURS[kind], lw=2, alpha=0.45)
+        axis.plot([x], [mean], marker, color=COLOURS[kind], ms=9, label=row.name, ls="none")
+    axis.margins(0.08)
+
+
+def _draw_series(axis: Axes, metrics: Sequence[Metrics], name: str, colour: str) -> None:
+    points = [(line["step"], line[name]) for line in metrics if name in line]
+    steps, values = np.array([x for x, _ in points]), _finite([y for _, y in points])
+    if len(values) < 40:
+        axis.plot(steps, values, color=colour, marker="o", ms=3.5, label=name)
+        return
+    axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
+    axis.plot(steps, _running_average(values, len(values) / 100), color=colour, label=f"{name}, running average")
+
+
+def _running_average(values: np.ndarray, horizon: float) -> np.ndarray:
+    """Bias-corrected exponential average over about `horizon` values; gaps (nan) are skipped."""
+    keep, total, weight = math.exp(-1 / horizon), 0.0, 0.0
+    smooth = np.empty_like(values)
+    for i, value in enumerate(values):
+        if not math.isnan(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth[i] = total / weight if weight else math.nan
+    return smooth
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all axes, below them, each name once."""
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        columns = math.ceil(len(entries) / math.ceil(len(entries) / 4))
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)

@@ -1,0 +1,194 @@
+"""Results in words and plain text: numbers with their intervals, verdicts, the terminal table."""
+
+import math
+
+from Gpt.evaluation.results import Interval, PromptCurve, Results, Row
+
+
+def metric_label(metric: str) -> str:
+    """`test_error` -> `test error (%)`; a metric's split and name as words, with its unit."""
+    words = metric.replace("_", " ")
+    return f"{words} (%)" if words.split()[-1] == "error" else words
+
+
+def format_number(value: float, digits: int = 4) -> str:
+    """`digits` significant digits, without an exponent from 1e-4 to 1e6."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:.{decimals}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def format_interval(interval: Interval) -> tuple[str, str]:
+    """Mean and `low … high`, both with the decimals that give the half width two significant digits."""
+    half_width = (interval.high - interval.low) / 2
+    if not (math.isfinite(half_width) and half_width > 0) or abs(interval.mean) >= 1e6:
+        return format_number(interval.mean), f"{format_number(interval.low)} … {format_number(interval.high)}"
+    decimals = min(8, max(0, 1 - math.floor(math.log10(half_width))))
+    return f"{interval.mean:.{decimals}f}", f"{interval.low:.{decimals}f} … {interval.high:.{decimals}f}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration with a unit that keeps it between 1 and 1,000 where possible."""
+    if seconds is None:
+        return ""
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (36_000.0, 1 / 60, "min")):
+        if seconds < limit:
+            return f"{format_number(seconds * scale, 3)} {unit}"
+    return f"{format_number(seconds / 3600, 3)} h"
+
+
+def format_flops(flops: float | None) -> str:
+    """A number of floating-point operations with an SI prefix."""
+    if flops is None:
+        return ""
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if flops >= scale:
+            return f"{format_number(flops / scale, 3)} {prefix}FLOP"
+    return f"{flops:.0f} FLOP"
+
+
+def metric_columns(results: Results) -> list[str]:
+    """Every metric that some row of the table carries, the one the evaluation is about first."""
+    names = dict.fromkeys([results.metric])
+    for row in results.table:
+        names |= dict.fromkeys(row.metrics)
+    return list(names)
+
+
+def find_row(results: Results, kind: str, name: str = "") -> Row | None:
+    """The first row of `kind` whose name contains `name` (any case) and that carries the main metric."""
+    for row in results.table:
+        if row.kind == kind and name in row.name.lower() and results.metric in row.metrics:
+            return row
+    return None
+
+
+def curve_kind(curve: PromptCurve) -> str:
+    """Kind of a prompt curve by its name: retrieval and shuffled prompts are baselines, all else the generator."""
+    return "baseline" if any(word in curve.name.lower() for word in ("retrieval", "shuffle")) else "generator"
+
+
+def novelty_kind(name: str) -> str:
+    """Kind of a novelty row by its name: generated networks, trained (held-out) networks, or a baseline."""
+    if "generated" in name.lower():
+        return "generator"
+    return "reference" if "trained" in name.lower() or "held-out" in name.lower() else "baseline"
+
+
+def summarise(results: Results) -> str:
+    """One paragraph that says what the numbers say: against retrieval and training, alignment, novelty, cost."""
+    generator = find_row(results, "generator")
+    if generator is None:
+        return f"This evaluation of {results.task} holds no generated network, so it says nothing about a generator."
+    scored = generator.metrics[results.metric]
+    sentences = [
+        f"On {results.task}, “{generator.name}” reaches a {metric_label(results.metric)} of {_with_interval(scored)}, "
+        f"the mean and its 95 % bootstrap interval (n = {scored.count})."
+    ]
+    retrieval = find_row(results, "baseline", "retrieval")
+    training = find_row(results, "reference")
+    sentences.append(
+        _verdict("returning a stored network (retrieval)", scored, retrieval, results)
+        if retrieval
+        else "Retrieval was not measured, so whether the generator beats a stored network is open."
+    )
+    sentences.append(
+        _verdict(f"“{training.name}”", scored, training, results)
+        if training
+        else "Ordinary training was not measured."
+    )
+    sentences += _alignment_sentences(results) + _novelty_sentences(results) + _cost_sentences(results)
+    return " ".join(sentences)
+
+
+def print_table(results: Results) -> str:
+    """The table as plain text, at most 120 columns wide; side metrics are left out where they do not fit."""
+    metrics = metric_columns(results)
+    header = ["name", "kind", *metrics, "updates", "time", "compute", "note"]
+    lines = [header, *([*_cells(row, metrics), row.note] for row in results.table)]
+    limits = [30, 10, *(17 for _ in metrics), 8, 9, 11]
+    widths = [min(limit, max(len(line[i]) for line in lines)) for i, limit in enumerate(limits)]
+    while sum(widths) + 2 * len(widths) > 112 and len(metrics) > 1:  # drop side metrics rather than overflow
+        metrics.pop()
+        column = 2 + len(metrics)
+        lines = [line[:column] + line[column + 1 :] for line in lines]
+        widths.pop(column)
+    note_width = 120 - sum(widths) - 2 * len(widths)
+    rendered = []
+    for line in lines:
+        cells = [_clip(cell, width).ljust(width) for cell, width in zip(line, widths, strict=False)]
+        rendered.append("  ".join([*cells, _clip(line[-1], note_width)]).rstrip())
+    rule = "─" * max(len(line) for line in rendered)
+    return "\n".join([f"{results.task}: {metric_label(results.metric)}", rule, rendered[0], rule, *rendered[1:], rule])
+
+
+def _cells(row: Row, metrics: list[str]) -> list[str]:
+    scores = [_plus_minus(row.metrics[name]) if name in row.metrics else "" for name in metrics]
+    updates = "" if row.updates is None else f"{row.updates:,}"
+    return [row.name, row.kind, *scores, updates, format_seconds(row.seconds), format_flops(row.flops)]
+
+
+def _plus_minus(interval: Interval) -> str:
+    mean, _ = format_interval(interval)
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {(interval.high - interval.low) / 2:.{decimals}f}"
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+def _with_interval(interval: Interval) -> str:
+    mean, bounds = format_interval(interval)
+    return f"{mean} ({bounds})"
+
+
+def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
+    """Better or worse only where the two intervals do not touch; a mean that is not finite beats nothing."""
+    other = row.metrics[results.metric]
+    below, above = scored.high < other.low, scored.low > other.high
+    diverged = math.isfinite(other.mean) and not math.isfinite(scored.mean)
+    if below or above or diverged:
+        verdict = "beats" if below == results.minimize and not diverged else "is worse than"
+        return f"It {verdict} {name}, which reaches {_with_interval(other)}."
+    return f"It cannot be told from {name}: {_with_interval(other)}, and the intervals overlap."
+
+
+def _alignment_sentences(results: Results) -> list[str]:
+    followed = next((c for c in results.curves if curve_kind(c) == "generator"), None)
+    if followed is None:
+        return []
+    sentences = [f"Prompt alignment (mean R²; {followed.name}) is {_with_interval(followed.alignment)}."]
+    for curve in results.curves:
+        if "shuffle" in curve.name.lower():
+            drops = curve.alignment.high < followed.alignment.low
+            meaning = "so the generator does follow its prompt" if drops else "so it is not shown to follow its prompt"
+            sentences.append(f"With shuffled prompts it is {_with_interval(curve.alignment)}, {meaning}.")
+        elif "retrieval" in curve.name.lower():
+            sentences.append(f"Retrieval's is {_with_interval(curve.alignment)}.")
+    return sentences
+
+
+def _novelty_sentences(results: Results) -> list[str]:
+    generated = next((n for n in results.novelty if novelty_kind(n.name) == "generator"), None)
+    if generated is None:
+        return []
+    ratio = format_number(generated.distance_ratio, 3)
+    return [
+        f"Its networks lie {ratio} times as far from the nearest training network as training networks lie from each "
+        f"other, and {generated.novel_and_good:.0%} of them are both novel and good; "
+        f"data-copying score Z_U {format_number(generated.copying_z, 3)} (far below zero means copies)."
+    ]
+
+
+def _cost_sentences(results: Results) -> list[str]:
+    if results.costs is None:
+        return []
+    if results.costs.break_even is None:
+        verdict = "it never pays off in wall-clock on this machine"
+    else:
+        verdict = f"it pays off in wall-clock from {math.ceil(results.costs.break_even):,} networks on"
+    return [f"With the zoo and the generator's training counted in, {verdict}."]

@@ -1,0 +1,261 @@
+"""Multi-query associative recall: how much can a recurrent state remember? (Arora et al. 2023, arXiv 2312.04927)
+
+A sequence lists n key-value pairs, then asks for the value of every key. Attention looks it up; a recurrent model has to have
+kept all pairs in its state. HGRN2 (arXiv 2404.07904) grows that state by its expand_ratio and leaves its parameters as they are.
+
+    python benchmarks/mqar.py --output outputs/mqar               # the setting for a CPU, minutes per model
+    python benchmarks/mqar.py --device cuda --vocabulary 8192 --length 256 --pairs 16 --width 128 --batch 256
+
+Writes `mqar.png` (accuracy against the size of the state, and learning curves) and `mqar.md` (the same as a table). Every model
+first learns to answer with *some* value of the sequence (1 / n) and then, suddenly, to recall: judge it by its step budget, not by
+an early plateau.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from Gpt.errors import ConfigError
+from Gpt.seeds import derive_seed, rng
+from rpg.backbones import build_backbone
+from rpg.backbones.layers import CausalConv1d
+
+UNASKED = -100  # the target where nothing is asked; what cross_entropy ignores
+GAP_EXPONENT = 0.01  # queries cluster soon after the pairs, with a power-law tail, as in the paper
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The task, the size of the models and the training budget."""
+
+    vocabulary: int = 64
+    length: int = 32
+    pairs: int = 8
+    width: int = 32
+    depth: int = 2
+    batch: int = 64
+    steps: int = 3000
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    test_sequences: int = 500
+    evaluate_every: int = 100
+    solved: float = 0.99
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if 4 * self.pairs > self.length:
+            raise ConfigError(f"{self.pairs} pairs and as many queries need length >= {4 * self.pairs}, not {self.length}")
+        if self.pairs >= self.vocabulary // 2:
+            raise ConfigError(f"{self.pairs} pairs need vocabulary > {2 * self.pairs}, not {self.vocabulary}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A backbone of the comparison and the numbers that its state holds per layer; attention keeps the whole sequence."""
+
+    label: str
+    backbone: str
+    options: dict[str, int | float]
+    state: int
+
+
+def contenders(setting: Setting) -> list[Contender]:
+    """HGRN2 by growing state (1 is HGRN), Mamba-2 with as large a state, attention."""
+    width = setting.width
+    expansions = [e for e in (1, 2, 4, 8, 16, 32, 64, 128) if width % e == 0 and e <= width]
+    hgrn2 = [
+        Contender(f"HGRN2, e = {e}" if e > 1 else "HGRN (e = 1)", "hgrn2", {"expand_ratio": e, "lower_bound": 0.0}, e * width)
+        for e in expansions
+    ]
+    d_state = expansions[-1] // 2
+    mamba2 = {"d_state": d_state, "headdim": min(64, width // 2)}
+    return [
+        *hgrn2,
+        Contender(f"Mamba-2, d_state = {d_state}", "mamba2", mamba2, 2 * width * d_state),
+        Contender("attention", "transformer", {"heads": 1, "mlp_ratio": 0.0}, 2 * width * setting.length),
+    ]
+
+
+def recall_batch(
+    setting: Setting, count: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    """Tokens and targets of `count` fresh sequences.
+
+    Tokens: n times (key, value), keys below vocabulary / 2 and values from there on, no repeats; then every key once more, at
+    even places, with 0 between. Targets: the key's value at its query, UNASKED elsewhere.
+    """
+    device, n, half = generator.device, setting.pairs, setting.vocabulary // 2
+
+    def distinct(choices: int) -> Tensor:
+        return torch.rand(count, choices, generator=generator, device=device).argsort(dim=1)[:, :n]
+
+    keys, values = 1 + distinct(half - 1), half + distinct(setting.vocabulary - half)
+    tokens = torch.zeros(count, setting.length, dtype=torch.long, device=device)
+    tokens[:, 0 : 2 * n : 2], tokens[:, 1 : 2 * n : 2] = keys, values
+
+    places = (setting.length - 2 * n) // 2
+    # Gumbel-top-k: draws without replacement with these weights, in order (Vieira 2014)
+    log_weights = (GAP_EXPONENT - 1) * torch.arange(1, places + 1, device=device).log()
+    uniform = torch.rand(count, places, generator=generator, device=device).clamp_min(1e-20)
+    queries = 2 * n + 2 * (log_weights - (-uniform.log()).log()).topk(n, dim=1).indices
+    targets = torch.full_like(tokens, UNASKED)
+    return tokens.scatter(1, queries, keys), targets.scatter(1, queries, values)
+
+
+class RecallModel(nn.Module):
+    """Token (and, for attention, position) embedding, a short convolution, the backbone, logits from the same embedding.
+
+    The convolution lets a value meet the key before it, as in the hybrids of Arora et al.; what is left to the backbone is to
+    remember. Backbones come without MLPs: they could not recall, only add parameters.
+    """
+
+    def __init__(self, setting: Setting, contender: Contender) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(setting.vocabulary, setting.width)
+        self.positions = nn.Parameter(torch.zeros(setting.length, setting.width))
+        self.positions.requires_grad_(contender.backbone == "transformer")
+        self.convolution = CausalConv1d(setting.width, 4)
+        self.backbone = build_backbone(contender.backbone, setting.width, depth=setting.depth, **contender.options)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
+        x = self.tokens(tokens) + self.positions
+        past = self.convolution.initial_state(len(x), x.device, x.dtype)
+        x = x + self.convolution(x, past)[0]
+        return self.backbone(x) @ self.tokens.weight.T
+
+
+def train(setting: Setting, contender: Contender) -> Iterator[tuple[int, float]]:
+    """(step, test accuracy) every `evaluate_every` steps, until the budget is spent or the task is solved."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(setting.seed, "mqar", "initialisation"))
+        model = RecallModel(setting, contender).to(setting.device)
+    decayed = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("A_log")}
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if (name in decayed) == decay], "weight_decay": rate}
+        for decay, rate in ((True, setting.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, total_steps=setting.steps)
+    for step in range(1, setting.steps + 1):
+        tokens, targets = recall_batch(setting, setting.batch, rng(setting.device, setting.seed, "mqar", "train", step))
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=UNASKED)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % setting.evaluate_every == 0 or step == setting.steps:
+            accuracy = evaluate(setting, model)
+            yield step, accuracy
+            if accuracy >= setting.solved:
+                return
+
+
+@torch.inference_mode()
+def evaluate(setting: Setting, model: RecallModel) -> float:
+    """Share of the queries of held-out sequences that are answered with the right value; guessing one of them is 1 / pairs."""
+    generator = rng(setting.device, setting.seed, "mqar", "test")
+    tokens, targets = recall_batch(setting, setting.test_sequences, generator)
+    right = [(model(x).argmax(-1) == y)[y != UNASKED] for x, y in zip(tokens.split(100), targets.split(100), strict=True)]
+    return torch.cat(right).float().mean().item()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One trained contender: its accuracy by step, and what it cost."""
+
+    contender: Contender
+    parameters: int
+    curve: list[tuple[int, float]]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.curve[-1][1]
+
+
+def compare(setting: Setting, chosen: Sequence[Contender]) -> list[Result]:
+    """Train every chosen contender in turn, on the same sequences, and print how it goes."""
+    results = []
+    for contender in chosen:
+        start, curve = time.perf_counter(), []
+        for step, accuracy in train(setting, contender):
+            curve.append((step, accuracy))
+            print(f"{contender.label:24s} step {step:6d}  accuracy {accuracy:.3f}", flush=True)
+        parameters = sum(p.numel() for p in RecallModel(setting, contender).parameters() if p.requires_grad)
+        results.append(Result(contender, parameters, curve, time.perf_counter() - start))
+    return results
+
+
+def table(setting: Setting, results: Sequence[Result]) -> str:
+    """The results as a markdown table under the setting that they were measured in."""
+    lines = [
+        f"Multi-query associative recall, {setting.pairs} pairs in {setting.length} tokens, vocabulary {setting.vocabulary}; "
+        f"width {setting.width}, {setting.depth} layers, at most {setting.steps} steps of {setting.batch} sequences, learning "
+        f"rate {setting.learning_rate:g}, seed {setting.seed}. Guessing one of the values: {1 / setting.pairs:.3f}.",
+        "",
+        "| model | state per layer | parameters | accuracy | steps | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        state = f"{result.contender.state:,}" + (" (grows)" if result.contender.backbone == "transformer" else "")
+        lines.append(
+            f"| {result.contender.label} | {state} | {result.parameters:,} | {result.accuracy:.3f} "
+            f"| {result.curve[-1][0]:,} | {result.seconds:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(setting: Setting, results: Sequence[Result], path: Path) -> None:
+    """Accuracy against the numbers in a layer's state on the left, against training steps on the right."""
+    figure, (by_state, by_step) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    colours = plt.get_cmap("viridis")(torch.linspace(0, 0.9, max(1, len(results))).tolist())
+    for result, colour in zip(results, colours, strict=True):
+        marker = {"hgrn2": "o", "mamba2": "s", "transformer": "^"}[result.contender.backbone]
+        by_state.plot(result.contender.state, result.accuracy, marker, color=colour, label=result.contender.label)
+        by_step.plot(*zip(*result.curve, strict=True), color=colour, label=result.contender.label)
+    for axes in (by_state, by_step):
+        axes.axhline(1 / setting.pairs, color="grey", linestyle=":", label="one of the values")
+        axes.set_ylim(-0.02, 1.02)
+    by_state.set_xscale("log", base=2)
+    by_state.set(xlabel="numbers in the state of a layer", ylabel="accuracy of recall")
+    by_step.set(xlabel="training step")
+    by_step.legend(fontsize=8)
+    figure.suptitle(f"{setting.pairs} key-value pairs, {setting.length} tokens")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    parser = argparse.ArgumentParser(description="Multi-query associative recall against state size.")
+    parser.add_argument("--output", type=Path, default=Path("outputs/mqar"))
+    parser.add_argument("--backbones", nargs="+", choices=["hgrn2", "mamba2", "transformer"], help="only these")
+    for field in dataclasses.fields(Setting):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    options = vars(parser.parse_args(arguments))
+    output, backbones = options.pop("output"), options.pop("backbones")
+    setting = Setting(**options)
+    results = compare(setting, [c for c in contenders(setting) if backbones is None or c.backbone in backbones])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "mqar.md").write_text(table(setting, results))
+    draw(setting, results, output / "mqar.png")
+    print(table(setting, results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Collecting a zoo: populations are trained shard after shard, by one worker or by several that share a folder."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from data_gen.ppo import train_ppo_population
+from data_gen.vision import iterations_of, train_supervised_population
+from Gpt.data import shards
+from Gpt.data.shards import Manifest
+from Gpt.errors import ConfigError, TaskError
+from Gpt.recipes import PpoRecipe, SupervisedRecipe
+from Gpt.seeds import rng
+from Gpt.tasks import Task
+
+WAIT_SECONDS = 1.0
+
+
+def snapshot_schedule(iterations: int, snapshots: int, spacing: str = "log", seed: int = 0) -> list[int]:
+    """Which training iterations to keep: increasing, without repeats, the first is 0 and the last is `iterations`.
+
+    Args:
+        spacing: "log" spaces evenly in log(iteration), so that the early, fast part of training is well covered (where
+            integers are too sparse for that, the next free ones are taken); "uniform" draws the inner iterations
+            uniformly without replacement (G.pt's rule).
+
+    Raises:
+        ConfigError: there are not that many iterations, or the spacing is unknown.
+    """
+    if not 2 <= snapshots <= iterations + 1:
+        raise ConfigError(f"zoo: {snapshots} snapshots do not fit, a run has 2 to {iterations + 1} (its iterations, and one)")
+    inner = snapshots - 2
+    if spacing == "uniform":
+        drawn = torch.randperm(iterations - 1, generator=rng("cpu", seed, "snapshots"))[:inner] + 1
+        return [0, *sorted(drawn.tolist()), iterations]
+    if spacing != "log":
+        raise ConfigError(f"zoo: spacing {spacing!r} is not known, expected log or uniform")
+    schedule = [0]
+    for i in range(inner):
+        wanted = round(iterations ** (i / inner))
+        last_free = iterations - inner + i  # leaves one iteration for each that is still to come
+        schedule.append(min(max(wanted, schedule[-1] + 1), last_free))
+    return [*schedule, iterations]
+
+
+def total_iterations(task: Task) -> int:
+    """Length of a complete run of the task's recipe.
+
+    Raises:
+        TaskError: the task has no recipe.
+    """
+    if isinstance(task.recipe, SupervisedRecipe):
+        return iterations_of(task, task.recipe)
+    if isinstance(task.recipe, PpoRecipe):
+        return task.recipe.iterations
+    raise TaskError(
+        f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and train_data_fn), "
+        "or import checkpoints"
+    )
+
+
+def train_population(
+    task: Task,
+    run_ids: list[int],
+    seed: int,
+    snapshot_iterations: list[int],
+    device: torch.device | str,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    """Train runs of the task's recipe at once, in memory: what a stored zoo is made of, and what streaming feeds on.
+
+    Returns:
+        float32 weights on `device` and the metric columns.
+    """
+    if isinstance(task.recipe, SupervisedRecipe):
+        return train_supervised_population(
+            task, task.recipe, run_ids, seed, snapshot_iterations, device, progress=progress
+        )
+    weights, metrics = train_ppo_population(task.recipe, run_ids, seed, snapshot_iterations, torch.device(device))
+    if progress:
+        progress(len(run_ids) * len(snapshot_iterations))
+    return weights, metrics
+
+
+def collect(
+    task: Task,
+    path: str | Path,
+    *,
+    runs: int,
+    snapshots: int,
+    spacing: str = "log",
+    seed: int = 0,
+    dtype: str = "float32",
+    shard_runs: int = 256,
+    device: torch.device | str = "cpu",
+    population: int | None = None,
+    max_weight: float = 10.0,
+    progress: bool = True,
+) -> None:
+    """Train runs 0 … runs - 1 and store them; finished shards are kept, so an interrupted collection continues.
+
+    Several workers may collect into one folder at once: each claims a shard before it trains it, and all return when the
+    zoo is complete.
+
+    Args:
+        shard_runs: runs per shard, the unit that is kept or lost.
+        population: how many runs are trained at once; all of a shard by default.
+        max_weight: runs with a larger absolute weight in any snapshot are dropped.
+
+    Raises:
+        ZooError: the folder holds a zoo with other settings, or the disk is full.
+        TaskError: the task has no recipe.
+        ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
+    """
+    folder = Path(path)
+    iterations = snapshot_schedule(total_iterations(task), snapshots, spacing, seed)
+    manifest = Manifest.of(
+        task.zoo_name,
+        task.structure,
+        task.recipe,
+        seed=seed,
+        iterations=iterations,
+        dtype=dtype,
+        shard_runs=shard_runs,
+        max_weight=max_weight,
+    )
+    shards.create_manifest(folder, manifest)
+    pending = {i: list(range(i * shard_runs, min((i + 1) * shard_runs, runs))) for i in range(-(-runs // shard_runs))}
+    with tqdm(total=runs * snapshots, unit=" snapshots", unit_scale=True, disable=not progress) as bar:
+        train = partial(_train_shard, task, manifest, device=device, population=population or shard_runs, bar=bar)
+        while pending:
+            for index, run_ids in list(pending.items()):
+                if _collect_shard(folder, manifest, index, run_ids, train, bar):
+                    del pending[index]
+            if pending:
+                locks = ", ".join(str(_lock_file(folder, index)) for index in pending)
+                bar.set_postfix_str(f"waiting for other workers ({locks}; delete a lock whose worker is gone)")
+                time.sleep(WAIT_SECONDS)
+
+
+def _collect_shard(
+    folder: Path, manifest: Manifest, index: int, run_ids: list[int], train: Callable, bar: tqdm
+) -> bool:
+    """Make one shard unless it is finished; False when another worker is at it."""
+    if not _finished(folder, index, run_ids):
+        with claim(folder, index) as claimed:
+            if not claimed:
+                return False
+            if not _finished(folder, index, run_ids):
+                shards.write_shard(folder, manifest, index, run_ids, *train(run_ids))
+                return True
+    bar.update(len(run_ids) * len(manifest.iterations))
+    return True
+
+
+def _finished(folder: Path, index: int, run_ids: list[int]) -> bool:
+    """Whether a shard is stored and covers the runs; a zoo that grew has a last shard that does not."""
+    shard = shards.read_shard(folder, index)
+    return shard is not None and shard.runs[1] > run_ids[-1]
+
+
+def _train_shard(
+    task: Task, manifest: Manifest, run_ids: list[int], *, device: torch.device | str, population: int, bar: tqdm
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    weights, metrics = [], []
+    for first in range(0, len(run_ids), population):
+        members = run_ids[first : first + population]
+        trained = train_population(task, members, manifest.seed, manifest.iterations, device, progress=bar.update)
+        weights.append(trained[0].cpu())
+        metrics.append({name: values.cpu() for name, values in trained[1].items()})
+    return torch.cat(weights), {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claim(folder: Path, index: int) -> Iterator[bool]:
+    """Hold a shard's lock file; yields False when a living worker holds it.
+
+    A lock whose process has ended on this host is stale and is taken over; locks of other hosts are believed.
+    """
+    lock = _lock_file(folder, index)
+    if lock.exists() and _is_stale(lock):
+        _remove_stale(lock)
+    try:
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        yield False
+        return
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump({**_identity(os.getpid()), "time": time.time()}, stream)
+        for leftover in folder.glob(f".shard-{index:05d}.*"):
+            leftover.unlink()
+        yield True
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _lock_file(folder: Path, index: int) -> Path:
+    return shards.shard_files(folder, index)["index"].with_suffix(".lock")
+
+
+def _identity(pid: int) -> dict[str, str | int | None]:
+    """What tells a process from a later one with the same number: host, number and start time (where /proc has it)."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        started = None
+    return {"host": socket.gethostname(), "pid": pid, "started": started}
+
+
+def _is_stale(lock: Path) -> bool:
+    try:
+        holder = json.loads(lock.read_text())
+        host, pid, started = holder["host"], int(holder["pid"]), holder["started"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        # Its worker died, or is about to write it: only the first leaves it like that.
+        return time.time() - lock.stat().st_mtime > 60
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _identity(pid)["started"] != started
+
+
+def _remove_stale(lock: Path) -> None:
+    """Remove a stale lock; of several workers that find it, one moves it away, and none a lock made since."""
+    aside = lock.with_name(f"{lock.name}.{os.getpid()}")
+    try:
+        os.rename(lock, aside)
+    except FileNotFoundError:
+        return
+    if not _is_stale(aside):  # another worker had already replaced it with its own
+        try:
+            os.link(aside, lock)
+        except FileExistsError:
+            pass
+    aside.unlink()

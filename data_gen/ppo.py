@@ -1,0 +1,264 @@
+"""Populations of cart-pole agents trained by proximal policy optimisation, all of them in one batch.
+
+R agents are one tensor of parameters `[R, 2499]`: log_std, actor, critic. A gradient step of all of them is one
+backward pass of the sum of their losses, for no loss depends on another agent's parameters, and one step of one Adam,
+for Adam acts on every number alone; only the clipping of gradients has to be done row by row.
+
+Every agent draws its noise from a generator of its own, seeded with (seed, run id), in two calls per iteration that
+fill its rows of preallocated buffers. A run is thus the same whichever others share its batch, to floating-point
+tolerance, and the rest of an iteration is a deterministic tensor program without host synchronisation.
+
+Source: Schulman et al. 2017 (arXiv 1707.06347), with generalised advantages (Schulman et al. 2016, arXiv 1506.02438);
+widths and hyper-parameters are those of G.pt's cart-pole zoo (Peebles et al. 2022, arXiv 2209.12892).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from Gpt.environments import EPISODE_STEPS, EVALUATION_SEEDS, CartPole, Evaluation, evaluate_policy
+from Gpt.errors import ConfigError
+from Gpt.networks import CartPoleActor
+from Gpt.population import Population
+from Gpt.recipes import PpoRecipe
+from Gpt.seeds import rng
+from Gpt.structure import Structure
+
+LAYERS = ((32, 4), (32, 32), (1, 32))
+GAINS = (2**0.5, 2**0.5, 0.01)
+NETWORK_SIZE = sum(outputs * inputs + outputs for outputs, inputs in LAYERS)
+ACTOR_SIZE = 1 + NETWORK_SIZE
+EPISODES_PER_CALL = 2**20
+
+
+def train_ppo_population(
+    recipe: PpoRecipe, run_ids: list[int], seed: int, snapshot_iterations: list[int], device: torch.device | str = "cpu"
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    """Train R agents and keep their actors at S iterations (0 is the initialisation).
+
+    Training ends with the last snapshot; the learning rate still follows the recipe's full length.
+
+    Returns:
+        The actors as rows of 1,250 numbers in the order of `CartPoleActor.state_dict()`, on `device`, and the metrics
+        "validation_return" and "test_return" of each.
+
+    Raises:
+        ConfigError: the recipe or the snapshots cannot be carried out; the message names the value.
+    """
+    check(recipe, snapshot_iterations)
+    population = PpoPopulation(recipe, run_ids, seed, device)
+    snapshots = []
+    for iteration in range(snapshot_iterations[-1] + 1):
+        if iteration in snapshot_iterations:
+            snapshots.append(population.actors())
+        if iteration < snapshot_iterations[-1]:
+            population.iterate()
+    weights = torch.stack(snapshots, dim=1)
+    metrics = {}
+    for split, evaluation_seed in EVALUATION_SEEDS.items():
+        returns = evaluate_actors(weights.flatten(0, 1), Evaluation(recipe.evaluation_episodes, evaluation_seed))
+        metrics[f"{split}_return"] = returns.view(weights.shape[:2])
+    return weights, metrics
+
+
+def check(recipe: PpoRecipe, snapshot_iterations: list[int]) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ConfigError: mini-batches do not divide the environments, or snapshots are not increasing iterations of the run.
+    """
+    if recipe.environments % recipe.minibatches:
+        raise ConfigError(
+            f"PPO recipe: environments={recipe.environments} cannot be split into minibatches={recipe.minibatches}; "
+            "choose a multiple"
+        )
+    increasing = all(a < b for a, b in zip(snapshot_iterations, snapshot_iterations[1:], strict=False))
+    if not snapshot_iterations or not increasing or snapshot_iterations[0] < 0:
+        raise ConfigError(f"snapshot iterations must be increasing and start at 0 or later, got {snapshot_iterations}")
+    if snapshot_iterations[-1] > recipe.iterations:
+        raise ConfigError(
+            f"snapshot iteration {snapshot_iterations[-1]} lies beyond the PPO recipe's iterations={recipe.iterations}"
+        )
+
+
+def evaluate_actors(actors: Float[Tensor, "P D"], evaluation: Evaluation) -> Float[Tensor, " P"]:
+    """Mean return of each mean-action policy, about a million episodes at a time."""
+    with torch.random.fork_rng(devices=[]):
+        template = CartPoleActor()
+    structure = Structure.of(template)
+    chunks = actors.split(max(1, EPISODES_PER_CALL // evaluation.episodes))
+    return torch.cat([evaluate_policy(evaluation, Population(template, structure, chunk)) for chunk in chunks])
+
+
+def initial_parameters(seed: int, run_id: int) -> Float[Tensor, " D"]:
+    """One agent: log_std 0, then actor and critic with orthogonal weights (gain sqrt 2, last layer 0.01), biases 0."""
+    generator = rng("cpu", seed, "ppo", "initialisation", run_id)
+    parts = [torch.zeros(1)]
+    for _ in ("actor", "critic"):
+        for shape, gain in zip(LAYERS, GAINS, strict=True):
+            parts.append(nn.init.orthogonal_(torch.empty(shape), gain, generator=generator).flatten())
+            parts.append(torch.zeros(shape[0]))
+    return torch.cat(parts)
+
+
+def network(parameters: Float[Tensor, "B D"], inputs: Float[Tensor, "B N 4"]) -> Float[Tensor, "B N"]:
+    """B networks 4-32-32-1 with SELU, each on its own inputs; a row of parameters is every layer's weight and bias."""
+    sizes = [size for outputs, width in LAYERS for size in (outputs * width, outputs)]
+    w1, b1, w2, b2, w3, b3 = parameters.split(sizes, dim=1)
+    hidden = F.selu(_linear(inputs, w1, b1))
+    hidden = F.selu(_linear(hidden, w2, b2))
+    return _linear(hidden, w3, b3).squeeze(-1)
+
+
+def _linear(
+    x: Float[Tensor, "B N I"], weight: Float[Tensor, "B OI"], bias: Float[Tensor, "B O"]
+) -> Float[Tensor, "B N O"]:
+    weight = weight.view(*bias.shape, x.shape[-1])
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+
+
+def log_probability(
+    action: Float[Tensor, "R N"], mean: Float[Tensor, "R N"], log_std: Float[Tensor, "R 1"]
+) -> Float[Tensor, "R N"]:
+    """Gaussian log-density less its constant, which cancels in the probability ratios."""
+    return -0.5 * ((action - mean) * torch.exp(-log_std)).square() - log_std
+
+
+def generalized_advantages(
+    delta: Float[Tensor, "*batch H"], done: Bool[Tensor, "*batch H"], decay: float
+) -> Float[Tensor, "*batch H"]:
+    """Decayed sums of temporal differences to the end of each episode or of the rollout; decay is gamma * lambda."""
+    continues = decay * (~done).to(delta.dtype)
+    advantages = [torch.zeros_like(delta[..., 0])]
+    for t in reversed(range(delta.shape[-1])):
+        advantages.append(delta[..., t] + continues[..., t] * advantages[-1])
+    return torch.stack(advantages[:0:-1], dim=-1)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What R agents with E environments each experienced in H steps: states, actions and rewards, and how they went on.
+
+    Attributes:
+        next_observation: the state reached, before a finished episode was replaced by a new one.
+        terminated: the pole fell or the cart left the rail, so that nothing follows.
+        done: terminated, or stopped by the time limit, in which case the critic stands for what would have followed.
+    """
+
+    observation: Float[Tensor, "R E H 4"]
+    action: Float[Tensor, "R E H"]
+    log_probability: Float[Tensor, "R E H"]
+    reward: Float[Tensor, "R E H"]
+    next_observation: Float[Tensor, "R E H 4"]
+    terminated: Bool[Tensor, "R E H"]
+    done: Bool[Tensor, "R E H"]
+
+
+class PpoPopulation:
+    """R agents in training, each with its own initialisation, environments, mini-batches and noise.
+
+    Attributes:
+        parameters: `[R, 2499]`, log_std, actor and critic of every agent.
+        state: `[R, E, 4]`, of every environment; `age` `[R, E]` counts the steps of its episode.
+    """
+
+    def __init__(self, recipe: PpoRecipe, run_ids: list[int], seed: int, device: torch.device | str):
+        self.recipe = recipe
+        runs, environments, horizon = len(run_ids), recipe.environments, recipe.horizon
+        self.parameters = torch.stack([initial_parameters(seed, run) for run in run_ids]).to(device).requires_grad_()
+        self._optimizer = torch.optim.Adam([self.parameters], lr=recipe.learning_rate, fused=True)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=recipe.iterations)
+        self._generators = [rng(device, seed, "ppo", run) for run in run_ids]
+        self._normal = torch.empty(runs, horizon * environments, device=device)
+        self._uniform = torch.empty(runs, (4 * horizon + recipe.epochs) * environments, device=device)
+        self._draw()
+        self._cart_pole = CartPole()
+        self.state = self._cart_pole.start(self._uniform[:, : 4 * environments].view(runs, environments, 4))
+        self.age = torch.zeros(runs, environments, dtype=torch.int32, device=device)
+
+    def actors(self) -> Float[Tensor, "R D"]:
+        """A copy of the actors in the order of `CartPoleActor.state_dict()`."""
+        return self.parameters.detach()[:, :ACTOR_SIZE].clone()
+
+    def iterate(self) -> None:
+        """One iteration of every agent: collect, estimate advantages, and several epochs of mini-batch steps."""
+        self._draw()
+        batch = self.estimate(self.collect())
+        runs = torch.arange(len(batch), device=batch.device)[:, None]
+        for environments in self.minibatches():
+            self.update(batch[runs, environments].flatten(1, 2))
+        self._schedule.step()
+
+    @torch.no_grad()
+    def collect(self) -> Rollout:
+        """Act for H steps in every environment; a finished episode is followed by a new one."""
+        recipe, runs = self.recipe, len(self.parameters)
+        noise = self._normal.view(runs, recipe.horizon, recipe.environments)
+        fresh = self._uniform[:, : 4 * noise[0].numel()].view(*noise.shape, 4)
+        log_std, actor = self.parameters[:, :1], self.parameters[:, 1:ACTOR_SIZE]
+        steps = []
+        for t in range(recipe.horizon):
+            mean = network(actor, self.state)
+            action = mean + log_std.exp() * noise[:, t]
+            reached, reward, terminated = self._cart_pole.step(self.state, action.unsqueeze(-1))
+            self.age += 1
+            done = terminated | (self.age >= EPISODE_STEPS)
+            density = log_probability(action, mean, log_std)
+            steps.append((self.state, action, density, reward, reached, terminated, done))
+            self.state = torch.where(done.unsqueeze(-1), self._cart_pole.start(fresh[:, t]), reached)
+            self.age.masked_fill_(done, 0)
+        return Rollout(*(torch.stack(column, dim=2) for column in zip(*steps, strict=True)))
+
+    @torch.no_grad()
+    def estimate(self, rollout: Rollout) -> Float[Tensor, "R E H 8"]:
+        """What the loss needs of every transition: observation (4), action, log-probability, advantage, target value.
+
+        Advantages are standardised over each agent's transitions of the iteration.
+        """
+        critic = self.parameters[:, ACTOR_SIZE:]
+        value = network(critic, rollout.observation.flatten(1, 2)).view_as(rollout.reward)
+        next_value = network(critic, rollout.next_observation.flatten(1, 2)).view_as(rollout.reward)
+        delta = rollout.reward + self.recipe.gamma * next_value.masked_fill(rollout.terminated, 0) - value
+        advantage = generalized_advantages(delta, rollout.done, self.recipe.gamma * self.recipe.gae_lambda)
+        target = advantage + value
+        std, mean = torch.std_mean(advantage, dim=(1, 2), keepdim=True)
+        columns = [rollout.action, rollout.log_probability, (advantage - mean) / (std + 1e-8), target]
+        return torch.cat([rollout.observation, torch.stack(columns, dim=-1)], dim=-1)
+
+    def loss(self, batch: Float[Tensor, "R N 8"]) -> Float[Tensor, " R"]:
+        """Every agent's clipped surrogate, value error and entropy bonus (Schulman et al. 2017, equations 7 and 9)."""
+        recipe, runs = self.recipe, len(batch)
+        observation = batch[..., :4].repeat_interleave(2, dim=0)
+        action, old_log_probability, advantage, target = batch[..., 4:].unbind(-1)
+        # Actor and critic have the same widths, so that both are one batch of 2R networks.
+        outputs = network(self.parameters[:, 1:].reshape(2 * runs, NETWORK_SIZE), observation)
+        mean, value = outputs.view(runs, 2, -1).unbind(1)
+        log_std = self.parameters[:, :1]
+        ratio = torch.exp(log_probability(action, mean, log_std) - old_log_probability)
+        clipped = ratio.clamp(1 - recipe.clip, 1 + recipe.clip)
+        policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean(dim=1)
+        value_loss = (value - target).square().mean(dim=1)
+        # The entropy of a Gaussian is log_std and a constant.
+        return policy_loss + recipe.value_coefficient * value_loss - recipe.entropy_coefficient * log_std.squeeze(1)
+
+    def update(self, batch: Float[Tensor, "R N 8"]) -> None:
+        """One Adam step of every agent, the gradient of each clipped to the recipe's norm."""
+        (gradient,) = torch.autograd.grad(self.loss(batch).sum(), self.parameters)
+        norm = gradient.norm(dim=1, keepdim=True)
+        self.parameters.grad = gradient * (self.recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        self._optimizer.step()
+
+    def minibatches(self) -> list[Int[Tensor, "R n"]]:
+        """For every epoch, each agent's environments in an order of its own, cut into mini-batches."""
+        recipe = self.recipe
+        keys = self._uniform[:, -recipe.epochs * recipe.environments :].view(-1, recipe.epochs, recipe.environments)
+        order = keys.argsort(dim=-1)
+        return [part for epoch in order.unbind(1) for part in epoch.chunk(recipe.minibatches, dim=1)]
+
+    def _draw(self) -> None:
+        for generator, normal, uniform in zip(self._generators, self._normal, self._uniform, strict=True):
+            normal.normal_(generator=generator)
+            uniform.uniform_(generator=generator)

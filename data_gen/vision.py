@@ -1,0 +1,352 @@
+"""Supervised populations: thousands of small classifiers trained at once, each with its own initialisation and mini-batches.
+
+All runs of a population are rows of one `[R, D]` tensor; a step is a handful of batched kernels whatever R is. The data set is
+resident once; a step gathers every run's mini-batch from it.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from data_gen.randomness import below, permuted, random_words, run_keys
+from Gpt.errors import ConfigError, DataError, TaskError
+from Gpt.population import Population, stack_initial
+from Gpt.recipes import SupervisedRecipe
+from Gpt.seeds import derive_seed
+from Gpt.structure import Structure
+from Gpt.tasks import Task, classification_error, classification_loss
+
+TRAIN_METRIC_EXAMPLES = 2000
+CROP_PADDING = 4
+
+
+def train_supervised_population(
+    task: Task,
+    recipe: SupervisedRecipe,
+    run_ids: list[int],
+    seed: int,
+    snapshot_iterations: list[int],
+    device: torch.device | str,
+    *,
+    label_map: Int[Tensor, "R classes"] | None = None,
+    progress: Callable[[int], None] | None = None,
+    compile: bool | None = None,
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    """Train R networks of a task at once and keep snapshots of all of them.
+
+    A run's trajectory depends on (seed, run id) alone, up to floating-point rounding.
+
+    Args:
+        snapshot_iterations: increasing; 0 is the initialisation, i the weights after i mini-batches.
+        label_map: run r is trained and measured on the labels `label_map[r, y]` instead of y.
+        progress: called with the number of new snapshots, as they are made.
+        compile: whether to `torch.compile` the step; by default on CUDA devices only.
+
+    Returns:
+        float32 weights on `device`, and the columns `<split>_loss` (nats) and `<split>_error` (percent) of the splits
+        train (its first 2,000 examples at most), validation and test. A task with a test function of its own has the
+        columns that this function gives for validation and test.
+
+    Raises:
+        TaskError: the training data are not (inputs, labels), or the network draws random numbers of its own (dropout).
+        DataError: the training split is smaller than one mini-batch.
+        ConfigError: the recipe names an unknown optimizer, schedule or augmentation.
+    """
+    device = torch.device(device)
+    training = _Training(task, recipe, run_ids, seed, device, label_map)
+    step = torch.compile(training.step) if (device.type == "cuda" if compile is None else compile) else training.step
+    column = {iteration: s for s, iteration in enumerate(snapshot_iterations)}
+    weights = torch.empty(len(run_ids), len(column), task.structure.size, device=device)
+    metrics: dict[str, list[Tensor]] = {}
+    for iteration in range(snapshot_iterations[-1] + 1):
+        if iteration in column:
+            weights[:, column[iteration]] = training.weights
+            for name, values in measure(task, training.weights, label_map).items():
+                metrics.setdefault(name, []).append(values)
+            if progress:
+                progress(len(run_ids))
+        if iteration < snapshot_iterations[-1]:
+            step()
+    return weights, {name: torch.stack(values, 1) for name, values in metrics.items()}
+
+
+def iterations_of(task: Task, recipe: SupervisedRecipe) -> int:
+    """Number of mini-batches in a complete run of the recipe."""
+    inputs, _ = _train_data(task, "cpu")
+    if len(inputs) < recipe.batch_size:
+        raise DataError(
+            f"task {task.name!r}: the training split has {len(inputs)} examples, fewer than one mini-batch of "
+            f"{recipe.batch_size}; set a smaller batch_size in the task's recipe"
+        )
+    return recipe.epochs * (len(inputs) // recipe.batch_size)
+
+
+class _Training:
+    """The state of one population and its training step; the step has no host synchronisation and can be compiled."""
+
+    def __init__(
+        self,
+        task: Task,
+        recipe: SupervisedRecipe,
+        run_ids: list[int],
+        seed: int,
+        device: torch.device,
+        label_map: Int[Tensor, "R classes"] | None,
+    ):
+        self.recipe, self.structure = recipe, task.structure
+        self.iterations = iterations_of(task, recipe)
+        inputs, self.labels = _train_data(task, device)
+        self.inputs = _padded(task, inputs) if recipe.augmentation == "flip_crop" else inputs
+        self.label_map = None if label_map is None else label_map.to(device)
+        self.batch_keys = run_keys(seed, "batches", run_ids, device)
+        self.augmentation_keys = run_keys(seed, "augmentation", run_ids, device)
+        self.slots = torch.arange(recipe.batch_size, device=device)
+        self.weights = stack_initial(task.constructor, task.structure, [derive_seed(seed, "init", r) for r in run_ids])
+        self.weights = self.weights.to(device)
+        self.iteration = torch.zeros((), dtype=torch.long, device=device)
+        self.gradient = _population_gradient(task.template, task.structure, device)
+        self.optimizer = make_optimizer(recipe, self.weights, _trainable(task.template, task.structure).to(device))
+        _check_choice(recipe, "schedule", ("cosine", "constant"))
+        _check_choice(recipe, "augmentation", ("none", "flip_crop"))
+
+    def step(self) -> None:
+        """One mini-batch of every run; updates the weights in place."""
+        inputs, labels = self._mini_batches()
+        gradient = self.gradient(self.weights, inputs, labels)
+        self.optimizer(self.weights, gradient, self._learning_rate())
+        self.iteration += 1
+
+    def _mini_batches(self) -> tuple[Float[Tensor, "R B ..."], Int[Tensor, "R B"]]:
+        length, batch = len(self.labels), self.recipe.batch_size
+        batches_per_epoch = length // batch
+        epoch, batch_index = self.iteration // batches_per_epoch, self.iteration % batches_per_epoch
+        index = permuted(self.batch_keys, epoch, batch_index * batch + self.slots, length)
+        labels = self.labels[index]
+        if self.label_map is not None:
+            labels = self.label_map.gather(1, labels)
+        if self.recipe.augmentation == "none":
+            return self.inputs[index], labels
+        return flip_crop(self.inputs, index, random_words(self.augmentation_keys, self.iteration, self.slots)), labels
+
+    def _learning_rate(self) -> Tensor | float:
+        if self.recipe.schedule == "constant":
+            return self.recipe.learning_rate
+        return self.recipe.learning_rate * 0.5 * (1 + torch.cos(self.iteration * (math.pi / self.iterations)))
+
+
+def _train_data(task: Task, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    data = task.data("train", device) if task.train_data_fn else ()
+    if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
+        raise TaskError(
+            f"task {task.name!r}: a supervised recipe needs train_data_fn to return (inputs, labels), two tensors"
+        )
+    return data
+
+
+def _check_choice(recipe: SupervisedRecipe, field: str, known: tuple[str, ...]) -> None:
+    value = getattr(recipe, field)
+    if value not in known:
+        raise ConfigError(f"recipe: {field} is {value!r}, expected one of {', '.join(known)}")
+
+
+def _trainable(template: nn.Module, structure: Structure) -> Float[Tensor, " D"]:
+    """1 for entries of parameters, 0 for entries of buffers (running statistics), which are not optimised."""
+    parameters = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return torch.cat([torch.full((t.numel,), float(t.name in parameters)) for t in structure.tensors])
+
+
+# --- gradient ---------------------------------------------------------------------------------------------------------
+
+
+def _population_gradient(
+    template: nn.Module, structure: Structure, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function (weights [R, D], inputs [R, B, ...], labels [R, B]) -> gradient [R, D] of every run's mean cross-entropy.
+
+    Running statistics that the forward pass updates are written back into `weights`.
+    """
+    net = copy.deepcopy(template).to(device).train()
+    fixed = {name: value.to(device) for name, value in structure.fixed.items()}
+    parameters = {name for name, _ in net.named_parameters()}
+    buffers = [t for t in structure.tensors if t.name not in parameters]
+
+    def forward(values: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Buffers are updated in place by the network, hence the copies.
+        state = values | {t.name: values[t.name].clone() for t in buffers}
+        state |= {name: value.clone() for name, value in fixed.items()}
+        logits = functional_call(net, state, (inputs,), tie_weights=True)
+        return logits, {t.name: state[t.name] for t in buffers}
+
+    def loss(values: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, updated = vmap(forward)(values, inputs)
+        # Summed over runs: no weight of one run touches the loss of another. Classes as axis 1, because torch's CPU
+        # softmax over a short last axis is seven times slower.
+        return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="sum") / labels.shape[1], updated
+
+    def gradient(weights: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
+        gradients, updated = grad(loss, has_aux=True)(structure.unflatten(weights), inputs, labels)
+        for t in buffers:
+            weights[:, t.slice] = updated[t.name].flatten(1)
+        return structure.flatten(gradients)
+
+    return gradient
+
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+Optimizer = Callable[[Tensor, Tensor, Tensor | float], None]
+
+
+def make_optimizer(
+    recipe: SupervisedRecipe, weights: Float[Tensor, "R D"], trainable: Float[Tensor, " D"]
+) -> Optimizer:
+    """The in-place update (weights, gradient, learning rate) of the recipe's optimizer; equals torch.optim's, run by run.
+
+    Raises:
+        ConfigError: the recipe names another optimizer than sgd, adam or adamw.
+    """
+    _check_choice(recipe, "optimizer", ("sgd", "adam", "adamw"))
+    decay = recipe.weight_decay * trainable
+    if recipe.optimizer == "sgd":
+        return _sgd(weights, decay, trainable, recipe.momentum, recipe.nesterov)
+    return _adam(weights, decay, trainable, decoupled=recipe.optimizer == "adamw")
+
+
+def _sgd(weights: Tensor, decay: Tensor, trainable: Tensor, momentum: float, nesterov: bool) -> Optimizer:
+    velocity = torch.zeros_like(weights)
+
+    def update(weights: Tensor, gradient: Tensor, learning_rate: Tensor | float) -> None:
+        gradient = gradient * trainable + decay * weights
+        velocity.mul_(momentum).add_(gradient)
+        weights -= learning_rate * (gradient + momentum * velocity if nesterov else velocity)
+
+    return update
+
+
+def _adam(weights: Tensor, decay: Tensor, trainable: Tensor, decoupled: bool) -> Optimizer:
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch.optim's defaults
+    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
+    steps = torch.zeros((), device=weights.device)
+
+    def update(weights: Tensor, gradient: Tensor, learning_rate: Tensor | float) -> None:
+        gradient = gradient * trainable
+        if decoupled:
+            weights *= 1 - learning_rate * decay
+        else:
+            gradient = gradient + decay * weights
+        steps.add_(1)
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (square / (1 - beta2**steps)).sqrt() + epsilon
+        weights -= learning_rate / (1 - beta1**steps) * mean / denominator
+
+    return update
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+def _padded(task: Task, inputs: Tensor) -> Float[Tensor, "N H W C"]:
+    """Zero-padded images, channels last, so that a crop of one image is one gather."""
+    if inputs.dim() != 4:
+        raise TaskError(
+            f"task {task.name!r}: augmentation 'flip_crop' needs images [N, C, H, W], train_data_fn returned inputs of "
+            f"shape {tuple(inputs.shape)}"
+        )
+    return F.pad(inputs, [CROP_PADDING] * 4).permute(0, 2, 3, 1).contiguous()
+
+
+def flip_crop(
+    padded: Float[Tensor, "N H W C"], index: Int[Tensor, "R B"], words: Int[Tensor, "R B"]
+) -> Float[Tensor, "R B C h w"]:
+    """Images `index`, cropped at one of the 9 x 9 offsets and mirrored with probability one half, as `words` say."""
+    height, width = padded.shape[1] - 2 * CROP_PADDING, padded.shape[2] - 2 * CROP_PADDING
+    offsets = 2 * CROP_PADDING + 1
+    choice = below(words, 2 * offsets**2)[..., None]
+    flip, down, right = choice % 2 == 1, choice // 2 % offsets, choice // (2 * offsets)
+    x = torch.arange(width, device=padded.device)
+    rows = torch.arange(height, device=padded.device) + down
+    columns = torch.where(flip, width - 1 - x, x) + right
+    crops = padded[index[..., None, None], rows[..., :, None], columns[..., None, :]]
+    return crops.permute(0, 1, 4, 2, 3)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    task: Task, weights: Float[Tensor, "P D"], label_map: Int[Tensor, "P classes"] | None = None
+) -> dict[str, Float[Tensor, " P"]]:
+    """The zoo's columns for P networks, see `train_supervised_population`."""
+    columns = {}
+    for split in ("train", "validation", "test"):
+        own_test = task.task_test_fn not in (classification_loss, classification_error)
+        if own_test and split != "train":
+            from Gpt.evaluation.population import test_population as score_population
+
+            columns |= score_population(task, weights, split, device=weights.device)
+            continue
+        inputs, labels = task.data(split, weights.device)
+        if split == "train":
+            inputs, labels = inputs[:TRAIN_METRIC_EXAMPLES], labels[:TRAIN_METRIC_EXAMPLES]
+        loss, error = cross_entropy_and_error(task, weights, inputs, labels, label_map)
+        columns |= {f"{split}_loss": loss, f"{split}_error": error}
+    return columns
+
+
+@torch.no_grad()
+def cross_entropy_and_error(
+    task: Task,
+    weights: Float[Tensor, "P D"],
+    inputs: Float[Tensor, "N ..."],
+    labels: Int[Tensor, " N"],
+    label_map: Int[Tensor, "P classes"] | None = None,
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
+    """Mean cross-entropy (nats) and top-1 error (percent) of P networks, in pieces of bounded memory."""
+    networks, examples = _piece(task.template, inputs, weights)
+    losses, errors = [], []
+    for p in range(0, len(weights), networks):
+        population = Population(task.template, task.structure, weights[p : p + networks])
+        loss, error = torch.zeros(2, len(population), device=weights.device)
+        for n in range(0, len(inputs), examples):
+            logits = population(inputs[n : n + examples]).float()
+            wanted = labels[n : n + examples].expand(logits.shape[:-1])
+            if label_map is not None:
+                wanted = label_map[p : p + networks].to(wanted.device).gather(1, wanted)
+            chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
+            loss += (logits.logsumexp(-1) - chosen).sum(-1)
+            error += (logits.argmax(-1) != wanted).sum(-1)
+        losses.append(loss / len(inputs))
+        errors.append(100 * error / len(inputs))
+    return torch.cat(losses), torch.cat(errors)
+
+
+def _piece(template: nn.Module, inputs: Tensor, weights: Tensor) -> tuple[int, int]:
+    """(networks, examples) evaluated in one call, such that activations fill a cache (CPU) or keep a GPU busy."""
+    budget = 2**28 if weights.is_cuda else 2**22
+    per_pair = 2 * _activations(template, inputs[:1].cpu())
+    examples = min(len(inputs), 1024 if weights.is_cuda else 256)
+    return max(1, budget // (per_pair * examples)), examples
+
+
+@torch.no_grad()
+def _activations(template: nn.Module, example: Tensor) -> int:
+    """Numbers that the leaf modules of a network put out for one example."""
+    total = 0
+
+    def count(module: nn.Module, args: tuple, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, Tensor) else 0
+
+    net = copy.deepcopy(template).eval()
+    for module in net.modules():
+        if not any(module.children()):
+            module.register_forward_hook(count)
+    net(example)
+    return max(total, 1)

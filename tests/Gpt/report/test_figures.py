@@ -1,0 +1,122 @@
+"""Figures: what is drawn is what was found, whatever part of it is missing, diverged or huge."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from Gpt.evaluation.results import Interval
+from Gpt.report import figures, style
+
+OF_RESULTS = ["prompt_alignment", "optimisers", "table", "recursive", "novelty"]
+
+
+def texts(figure):
+    return [text.get_text() for axis in figure.axes for text in (*axis.texts, *axis.get_yticklabels(), axis.title)]
+
+
+def test_every_figure_is_saved_as_png_and_svg(saved_figures):
+    assert set(saved_figures) == {*OF_RESULTS, "training"}
+    for path in saved_figures.values():
+        with Image.open(path) as image:
+            assert 600 <= image.width <= 1700
+        assert "<script" not in path.with_suffix(".svg").read_text()
+
+
+def test_parts_that_were_not_evaluated_are_skipped_on_disk_and_refused_one_by_one(synthetic_results, tmp_path):
+    empty = dataclasses.replace(synthetic_results, table=[], curves=[], recursive=[], optimisers=[], novelty=[])
+    assert figures.save_figures(empty, tmp_path / "none.jsonl", tmp_path) == {}
+    for name in OF_RESULTS:
+        with pytest.raises(ValueError, match="nothing to draw"):
+            getattr(figures, name)(empty)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.training([{"step": 1, "time": 0.0}])
+
+
+def test_the_table_is_sorted_best_first_and_shows_every_interval(synthetic_results):
+    figure = figures.table(synthetic_results)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "ordinary training" and names[0] == "per-weight Gaussian"
+    assert any("0.171" in text and "[0.151 … 0.191]" in text for text in texts(figure))
+    rewarded = figures.table(dataclasses.replace(synthetic_results, minimize=False))
+    assert [label.get_text() for label in rewarded.axes[0].get_yticklabels()][-1] == "per-weight Gaussian"
+
+
+def test_prompt_curves_draw_every_network_and_the_mean(synthetic_results):
+    curve = synthetic_results.curves[0]
+    axis = figures.prompt_alignment(synthetic_results).axes[0]
+    drawn = {line.get_label(): line for line in axis.lines}
+    np.testing.assert_allclose(drawn["mean, generator"].get_ydata(), np.mean(curve.achieved, axis=0))
+    np.testing.assert_array_equal(axis.lines[3].get_ydata(), curve.achieved[3])
+    assert len(axis.lines) == len(curve.achieved) + 3  # identity, mean, ordinary training
+
+
+def test_diverged_networks_neither_crash_nor_stretch_a_figure_and_are_counted(synthetic_results):
+    curve = synthetic_results.curves[0]
+    achieved = [[math.inf, math.nan, *curve.achieved[0][2:]], *curve.achieved[1:-1], [1e9, *curve.achieved[-1][1:]]]
+    nothing = [[math.inf] * len(networks) for networks in achieved]
+    trace = dataclasses.replace(synthetic_results.recursive[0], high=[math.inf] * 6)
+    infinite = Interval(math.inf, math.nan, math.inf, 3)
+    row = dataclasses.replace(synthetic_results.table[0], metrics={"test_loss": infinite})
+    diverged = dataclasses.replace(
+        synthetic_results,
+        curves=[dataclasses.replace(curve, achieved=achieved), dataclasses.replace(curve, achieved=nothing)],
+        recursive=[trace],
+        table=[row, *synthetic_results.table],
+    )
+    for name in OF_RESULTS:
+        FigureCanvasAgg(getattr(figures, name)(diverged)).draw()
+    figure = figures.prompt_alignment(diverged)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == ["held-out starts (1 diverged)", "held-out starts (24 diverged)"]
+    assert figure.axes[0].get_ylim()[1] < 10
+
+
+def test_no_legend_covers_data(synthetic_results):
+    for name in OF_RESULTS:
+        figure = getattr(figures, name)(synthetic_results)
+        FigureCanvasAgg(figure).draw()
+        boxes = [legend.get_window_extent() for legend in figure.legends]
+        assert all(axis.get_legend() is None for axis in figure.axes)
+        assert not any(box.overlaps(axis.get_window_extent()) for box in boxes for axis in figure.axes)
+
+
+def test_training_curves_keep_short_series_as_they_are():
+    lines = [{"step": s, "time": 0.0, "train/loss": 1.0 + s, "validation/alignment": 0.1 * s} for s in range(5)]
+    loss, alignment = figures.training(lines).axes
+    np.testing.assert_array_equal(loss.lines[0].get_ydata(), [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(alignment.lines[0].get_ydata(), [0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_running_average_keeps_constants_and_bridges_gaps():
+    values = np.full(100, 3.0)
+    values[10:20] = np.nan
+    np.testing.assert_allclose(figures._running_average(values, 5.0), 3.0)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(synthetic_results):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.table(synthetic_results)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_spread_keeps_order_and_gap_and_leaves_distant_positions_alone():
+    positions = [0.0, 0.01, 0.02, 0.5, 0.53, 0.9]
+    moved = style.spread(positions, 0.05)
+    assert np.diff(moved).min() >= 0.05 - 1e-12
+    assert moved[-1] == 0.9
+    np.testing.assert_allclose(np.mean(moved[:3]), 0.01)
+
+
+def test_logarithmic_axes_only_for_positive_losses_that_span_a_decade():
+    scales = []
+    for values, minimize in [([0.1, 2.0], True), ([0.1, 2.0], False), ([0.0, 2.0], True), ([1.0, 2.0], True)]:
+        axis = style.new_figure(4.0, 3.0).subplots()
+        style.metric_scale(axis, "y", values, minimize)
+        scales.append(axis.get_yscale())
+    assert scales == ["log", "linear", "linear", "linear"]

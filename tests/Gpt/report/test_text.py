@@ -1,0 +1,103 @@
+"""Words and numbers: nothing is claimed that the intervals do not carry."""
+
+import dataclasses
+import math
+
+import pytest
+
+from Gpt.evaluation.results import Interval, Results, Row
+from Gpt.report.text import (
+    format_flops,
+    format_interval,
+    format_number,
+    format_seconds,
+    metric_label,
+    print_table,
+    summarise,
+)
+
+
+def results_of(generator: Interval, retrieval: Interval, minimize: bool = True) -> Results:
+    rows = [
+        Row("G.pt, one update", "generator", {"test_loss": generator}),
+        Row("retrieval", "baseline", {"test_loss": retrieval}),
+    ]
+    return Results("task", "test_loss", minimize, rows)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.25, 93.98, 0.00123, 123456.0, 3.4e-7, 8.1e13])
+def test_a_formatted_number_reads_back_to_four_digits(value):
+    assert float(format_number(value)) == pytest.approx(value, rel=5.1e-4)
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (Interval(0.34812, 0.32812, 0.36812, 4), ("0.348", "0.328 … 0.368")),
+        (Interval(93.98, 93.7, 94.26, 4), ("93.98", "93.70 … 94.26")),
+        (Interval(2.0, 2.0, 2.0, 1), ("2.000", "2.000 … 2.000")),
+        (Interval(212.0, 112.0, 312.0, 4), ("212", "112 … 312")),
+        (Interval(math.inf, math.nan, math.inf, 4), ("inf", "nan … inf")),
+    ],
+)
+def test_an_interval_has_the_decimals_that_its_width_supports(interval, expected):
+    assert format_interval(interval) == expected
+
+
+def test_units():
+    assert [format_seconds(s) for s in (None, 2e-5, 0.0123, 42.0, 1200.0, 7.2e4)] == [
+        "", "20.0 µs", "12.3 ms", "42.0 s", "20.0 min", "20.0 h",
+    ]  # fmt: skip
+    assert [format_flops(f) for f in (None, 12.0, 3.4e9, 8.1e13)] == ["", "12 FLOP", "3.40 GFLOP", "81.0 TFLOP"]
+    assert metric_label("test_error") == "test error (%)"
+    assert metric_label("test_loss") == "test loss"
+
+
+@pytest.mark.parametrize(
+    ("generator", "minimize", "verdict"),
+    [
+        (Interval(0.1, 0.05, 0.15, 8), True, "beats returning a stored network"),
+        (Interval(0.1, 0.05, 0.15, 8), False, "is worse than returning a stored network"),
+        (Interval(0.9, 0.85, 0.95, 8), True, "is worse than returning a stored network"),
+        (Interval(0.9, 0.85, 0.95, 8), False, "beats returning a stored network"),
+        (Interval(0.4, 0.2, 0.55, 8), True, "cannot be told from returning a stored network"),
+        (Interval(math.inf, math.nan, math.inf, 8), True, "is worse than returning a stored network"),
+    ],
+)
+def test_the_summary_claims_a_difference_only_between_disjoint_intervals(generator, minimize, verdict):
+    assert verdict in summarise(results_of(generator, Interval(0.5, 0.45, 0.55, 8), minimize))
+
+
+def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_results):
+    only_generator = dataclasses.replace(synthetic_results, table=synthetic_results.table[:1], costs=None)
+    assert "Retrieval was not measured" in summarise(only_generator)
+    assert "Ordinary training was not measured" in summarise(only_generator)
+    assert "no generated network" in summarise(dataclasses.replace(synthetic_results, table=[]))
+    never = dataclasses.replace(synthetic_results.costs, break_even=None)
+    assert "never pays off" in summarise(dataclasses.replace(synthetic_results, costs=never))
+    assert "from 740 networks on" in summarise(synthetic_results)
+
+
+def test_a_generator_that_ignores_its_prompt_is_found_out(synthetic_results):
+    held_out, shuffled = synthetic_results.curves[0], synthetic_results.curves[3]
+    assert "does follow its prompt" in summarise(synthetic_results)
+    same = dataclasses.replace(shuffled, alignment=held_out.alignment)
+    assert "not shown to follow" in summarise(dataclasses.replace(synthetic_results, curves=[held_out, same]))
+
+
+def test_the_table_fits_the_terminal_and_holds_every_row(synthetic_results):
+    wide = Row("x" * 90, "baseline", {"test_loss": Interval(1e-5, 0.0, 2e-5, 3)}, 10**7, 1e6, 1e20, "n" * 200)
+    text = print_table(dataclasses.replace(synthetic_results, table=[*synthetic_results.table, wide]))
+    assert max(map(len, text.splitlines())) <= 120
+    for row in synthetic_results.table:
+        assert row.name in text
+        assert format_interval(row.metrics["test_loss"])[0] in text
+
+
+def test_many_metrics_leave_the_main_one_in_the_table(synthetic_results):
+    row = synthetic_results.table[0]
+    side_metrics = {f"test_{i}": row.metrics["test_error"] for i in range(9)}
+    crowded = dataclasses.replace(row, metrics={**row.metrics, **side_metrics})
+    text = print_table(dataclasses.replace(synthetic_results, table=[crowded]))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "test_loss" in text and "0.348" in text
