@@ -48,10 +48,11 @@ class MetricScale(nn.Module):
         """Read the scale off the metrics of training networks."""
         values = values[torch.isfinite(values)].double().flatten().sort().values
         positions = torch.linspace(0, len(values) - 1, len(self.knots), dtype=torch.float64)
-        knots = values[positions.round().long()]
+        knots = values[positions.round().long().to(values.device)]
         # Equal metrics must not make a step of zero width, or the inverse would divide by zero.
         gap = (values[-1] - values[0]).clamp_min(1e-6) * 1e-4
-        knots = torch.cummax(knots + gap * torch.arange(len(knots)), dim=0).values
+        steps = torch.arange(len(knots), device=knots.device)
+        knots = torch.cummax(knots + gap * steps, dim=0).values
         self.knots.copy_(knots)
         self.center.copy_(values.mean())
         self.spread.copy_(values.std().clamp_min(1e-6))
@@ -100,19 +101,8 @@ class Features(nn.Module):
         return self.mlp(value.float())
 
 
-def build_condition(name: str, width: int, features: int) -> nn.Module:
-    """A condition by name; `features` is the size of its prompt tensor.
-
-    Raises:
-        ConfigError: there is no such condition; names the nearest.
-    """
-    if name not in CONDITIONS:
-        nearest = difflib.get_close_matches(name, CONDITIONS, n=1)
-        raise ConfigError(f"there is no condition {name!r}; {f'did you mean {nearest[0]!r}?' if nearest else CONDITIONS}")
-    return TargetMetric(width) if name == "target_metric" else Features(width, features)
-
-
-CONDITIONS = ("target_metric", "class_mask", "text")
+PROMPT_FEATURES = {"target_metric": 2, "class_mask": 10, "text": 384}
+"""Size of each condition's prompt tensor: (start, wanted) metric; classes; sentence embedding."""
 
 
 class Conditions(nn.Module):
@@ -121,8 +111,16 @@ class Conditions(nn.Module):
     def __init__(self, features: dict[str, int], width: int, dropout: float = 0.1):
         super().__init__()
         self.width, self.dropout = width, dropout
-        self.encoders = nn.ModuleDict({name: build_condition(name, width, n) for name, n in features.items()})
+        self.encoders = nn.ModuleDict(
+            {name: TargetMetric(width) if name == "target_metric" else Features(width, n) for name, n in features.items()}
+        )
         self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in features})
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def fit(self, prompt: Prompt) -> None:
+        """Read scales off a sample of training prompts."""
+        if "target_metric" in self.encoders:
+            self.encoders["target_metric"].scale.fit(prompt["target_metric"])
 
     def keep(self, batch: int, rng: torch.Generator) -> Bool[Tensor, "conditions batch"]:
         """Which conditions training keeps: each is dropped on its own with probability `dropout`."""
@@ -139,7 +137,7 @@ class Conditions(nn.Module):
         unknown = sorted(set(prompt) - set(self.encoders))
         if unknown:
             raise ConfigError(f"this generator knows the conditions {sorted(self.encoders)}, not {unknown}")
-        total = next(self.parameters()).new_zeros(batch, self.width) if self.encoders else torch.zeros(batch, self.width)
+        total = self.bias.expand(batch, -1)
         for i, (name, encoder) in enumerate(self.encoders.items()):
             null = self.null[name].expand(batch, -1)
             if name not in prompt:
@@ -151,3 +149,17 @@ class Conditions(nn.Module):
             embedding = encoder(value)
             total = total + (embedding if keep is None else torch.where(keep[i, :, None], embedding, null))
         return total
+
+
+def prompt_features(names: tuple[str, ...]) -> dict[str, int]:
+    """Size of each named condition's prompt tensor.
+
+    Raises:
+        ConfigError: there is no such condition; names the nearest.
+    """
+    for name in names:
+        if name not in PROMPT_FEATURES:
+            close = difflib.get_close_matches(name, PROMPT_FEATURES, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PROMPT_FEATURES)}"
+            raise ConfigError(f"condition.names: there is no condition {name!r}; {hint}")
+    return {name: PROMPT_FEATURES[name] for name in names}

@@ -35,6 +35,15 @@ class Generator(nn.Module):
     """
 
     default_steps: int
+    needs_start: bool
+    augment = False
+    """Whether training must rename hidden units at random, because the network is not equivariant by itself."""
+
+    def fit(self, batch: Batch) -> None:
+        """Read scales off a sample of training examples, once, before training."""
+
+    def compile_networks(self) -> None:
+        """Compile the expensive submodules in place (names in state_dict stay the same)."""
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""

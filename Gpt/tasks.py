@@ -125,7 +125,8 @@ class Task:
             TaskError: a function returns something else than its key promises; names the task and the key.
         """
         for split in ("test", "validation"):
-            value = self.score(self.template.eval(), split)
+            with torch.no_grad():
+                value = self.score(self.template.eval(), split)
             try:
                 value = float(value)
             except (TypeError, ValueError) as error:
@@ -304,7 +305,8 @@ def _digits_mlp() -> MLP:
     return MLP(64, 10, 10)
 
 
-_DIGITS_RECIPE = SupervisedRecipe(epochs=40, batch_size=32)
+# Large batches make the trained network a cleaner function of its initialisation, which is what a generator has to learn.
+_DIGITS_RECIPE = SupervisedRecipe(epochs=60, weight_decay=2e-3)
 _CIFAR10_RECIPE = SupervisedRecipe(epochs=50, augmentation="flip_crop")
 
 TASK_METADATA: dict[str, dict[str, Any]] = {

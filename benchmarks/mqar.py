@@ -1,19 +1,18 @@
 """Multi-query associative recall: how much can a recurrent state remember? (Arora et al. 2023, arXiv 2312.04927)
 
-A sequence lists n key-value pairs, then asks for the value of every key. Attention looks it up; a recurrent model has to have
-kept all pairs in its state. HGRN2 (arXiv 2404.07904) grows that state by its expand_ratio and leaves its parameters as they are.
+A sequence lists n key-value pairs, then asks for the value of every key. Attention looks it up; a recurrent model has
+to have kept all pairs in its state. HGRN2 (arXiv 2404.07904) grows that state by its expand_ratio, at equal parameters.
 
     python benchmarks/mqar.py --output outputs/mqar               # the setting for a CPU, minutes per model
     python benchmarks/mqar.py --device cuda --vocabulary 8192 --length 256 --pairs 16 --width 128 --batch 256
 
-Writes `mqar.png` (accuracy against the size of the state, and learning curves) and `mqar.md` (the same as a table). Every model
-first learns to answer with *some* value of the sequence (1 / n) and then, suddenly, to recall: judge it by its step budget, not by
-an early plateau.
+Writes `mqar.png` (accuracy against the size of the state, and learning curves) and `mqar.md` (the same as a table).
+Every model first learns to answer with *some* value of the sequence (1 / n) and then, suddenly, to recall: judge it by
+its step budget, not by an early plateau.
 """
 
 import argparse
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ from torch import Tensor, nn
 from Gpt.errors import ConfigError
 from Gpt.seeds import derive_seed, rng
 from rpg.backbones import build_backbone
-from rpg.backbones.layers import CausalConv1d
 
 UNASKED = -100  # the target where nothing is asked; what cross_entropy ignores
 GAP_EXPONENT = 0.01  # queries cluster soon after the pairs, with a power-law tail, as in the paper
@@ -40,13 +38,13 @@ GAP_EXPONENT = 0.01  # queries cluster soon after the pairs, with a power-law ta
 class Setting:
     """The task, the size of the models and the training budget."""
 
-    vocabulary: int = 64
-    length: int = 32
-    pairs: int = 8
+    vocabulary: int = 32
+    length: int = 16
+    pairs: int = 4
     width: int = 32
     depth: int = 2
-    batch: int = 64
-    steps: int = 3000
+    batch: int = 32
+    steps: int = 2000
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     test_sequences: int = 500
@@ -57,33 +55,30 @@ class Setting:
 
     def __post_init__(self) -> None:
         if 4 * self.pairs > self.length:
-            raise ConfigError(f"{self.pairs} pairs and as many queries need length >= {4 * self.pairs}, not {self.length}")
+            raise ConfigError(f"{self.pairs} pairs and queries need length {4 * self.pairs} or more, not {self.length}")
         if self.pairs >= self.vocabulary // 2:
-            raise ConfigError(f"{self.pairs} pairs need vocabulary > {2 * self.pairs}, not {self.vocabulary}")
+            raise ConfigError(f"{self.pairs} pairs need a vocabulary above {2 * self.pairs}, not {self.vocabulary}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A backbone of the comparison and the numbers that its state holds per layer; attention keeps the whole sequence."""
+    """A backbone of the comparison, and how many numbers one of its layers holds after the whole sequence."""
 
     label: str
     backbone: str
-    options: dict[str, int | float]
+    options: dict[str, float]
     state: int
 
 
 def contenders(setting: Setting) -> list[Contender]:
     """HGRN2 by growing state (1 is HGRN), Mamba-2 with as large a state, attention."""
     width = setting.width
-    expansions = [e for e in (1, 2, 4, 8, 16, 32, 64, 128) if width % e == 0 and e <= width]
-    hgrn2 = [
-        Contender(f"HGRN2, e = {e}" if e > 1 else "HGRN (e = 1)", "hgrn2", {"expand_ratio": e, "lower_bound": 0.0}, e * width)
-        for e in expansions
-    ]
+    expansions = [e for e in (1, 8, 32, 128) if e <= width]
+    labels = ["HGRN (e = 1)", *(f"HGRN2, e = {e}" for e in expansions[1:])]
     d_state = expansions[-1] // 2
     mamba2 = {"d_state": d_state, "headdim": min(64, width // 2)}
     return [
-        *hgrn2,
+        *[Contender(name, "hgrn2", {"expand_ratio": e}, e * width) for name, e in zip(labels, expansions, strict=True)],
         Contender(f"Mamba-2, d_state = {d_state}", "mamba2", mamba2, 2 * width * d_state),
         Contender("attention", "transformer", {"heads": 1, "mlp_ratio": 0.0}, 2 * width * setting.length),
     ]
@@ -94,8 +89,8 @@ def recall_batch(
 ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
     """Tokens and targets of `count` fresh sequences.
 
-    Tokens: n times (key, value), keys below vocabulary / 2 and values from there on, no repeats; then every key once more, at
-    even places, with 0 between. Targets: the key's value at its query, UNASKED elsewhere.
+    Tokens: n times (key, value), keys below vocabulary / 2 and values from there on, no repeats; then every key once
+    more, at even places, with 0 between. Targets: the key's value at its query, UNASKED elsewhere.
     """
     device, n, half = generator.device, setting.pairs, setting.vocabulary // 2
 
@@ -116,10 +111,10 @@ def recall_batch(
 
 
 class RecallModel(nn.Module):
-    """Token (and, for attention, position) embedding, a short convolution, the backbone, logits from the same embedding.
+    """Embeddings (of positions too, for attention), a short convolution, the backbone, logits from the token embedding.
 
-    The convolution lets a value meet the key before it, as in the hybrids of Arora et al.; what is left to the backbone is to
-    remember. Backbones come without MLPs: they could not recall, only add parameters.
+    The convolution lets a value meet the key before it, as in the hybrids of Arora et al.; what is left to the backbone
+    is to remember. Backbones come without MLPs: they could not recall, only add parameters.
     """
 
     def __init__(self, setting: Setting, contender: Contender) -> None:
@@ -127,28 +122,32 @@ class RecallModel(nn.Module):
         self.tokens = nn.Embedding(setting.vocabulary, setting.width)
         self.positions = nn.Parameter(torch.zeros(setting.length, setting.width))
         self.positions.requires_grad_(contender.backbone == "transformer")
-        self.convolution = CausalConv1d(setting.width, 4)
+        self.convolution = nn.Conv1d(setting.width, setting.width, 4, groups=setting.width, bias=False)
         self.backbone = build_backbone(contender.backbone, setting.width, depth=setting.depth, **contender.options)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length vocabulary"]:
         x = self.tokens(tokens) + self.positions
-        past = self.convolution.initial_state(len(x), x.device, x.dtype)
-        x = x + self.convolution(x, past)[0]
+        x = F.rms_norm(x, x.shape[-1:])
+        x = x + self.convolution(F.pad(x.mT, (3, 0))).mT
         return self.backbone(x) @ self.tokens.weight.T
 
 
-def train(setting: Setting, contender: Contender) -> Iterator[tuple[int, float]]:
-    """(step, test accuracy) every `evaluate_every` steps, until the budget is spent or the task is solved."""
+def build_model(setting: Setting, contender: Contender) -> RecallModel:
+    """The untrained model, a function of the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(setting.seed, "mqar", "initialisation"))
-        model = RecallModel(setting, contender).to(setting.device)
-    decayed = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("A_log")}
+        return RecallModel(setting, contender).to(setting.device)
+
+
+def train(setting: Setting, model: RecallModel) -> Iterator[tuple[int, float]]:
+    """(step, test accuracy) every `evaluate_every` steps, until the budget is spent or the task is solved."""
+    undecayed = {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
     groups = [
-        {"params": [p for name, p in model.named_parameters() if (name in decayed) == decay], "weight_decay": rate}
-        for decay, rate in ((True, setting.weight_decay), (False, 0.0))
+        {"params": [p for name, p in model.named_parameters() if name not in undecayed]},
+        {"params": [p for name, p in model.named_parameters() if name in undecayed], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate, weight_decay=setting.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.learning_rate, total_steps=setting.steps)
     for step in range(1, setting.steps + 1):
         tokens, targets = recall_batch(setting, setting.batch, rng(setting.device, setting.seed, "mqar", "train", step))
@@ -167,11 +166,11 @@ def train(setting: Setting, contender: Contender) -> Iterator[tuple[int, float]]
 
 @torch.inference_mode()
 def evaluate(setting: Setting, model: RecallModel) -> float:
-    """Share of the queries of held-out sequences that are answered with the right value; guessing one of them is 1 / pairs."""
+    """Share of the queries of held-out sequences that are answered with the right value."""
     generator = rng(setting.device, setting.seed, "mqar", "test")
     tokens, targets = recall_batch(setting, setting.test_sequences, generator)
-    right = [(model(x).argmax(-1) == y)[y != UNASKED] for x, y in zip(tokens.split(100), targets.split(100), strict=True)]
-    return torch.cat(right).float().mean().item()
+    right = [model(x).argmax(-1) == y for x, y in zip(tokens.split(100), targets.split(100), strict=True)]
+    return torch.cat(right)[targets != UNASKED].float().mean().item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +191,11 @@ def compare(setting: Setting, chosen: Sequence[Contender]) -> list[Result]:
     """Train every chosen contender in turn, on the same sequences, and print how it goes."""
     results = []
     for contender in chosen:
-        start, curve = time.perf_counter(), []
-        for step, accuracy in train(setting, contender):
+        model, start, curve = build_model(setting, contender), time.perf_counter(), []
+        for step, accuracy in train(setting, model):
             curve.append((step, accuracy))
             print(f"{contender.label:24s} step {step:6d}  accuracy {accuracy:.3f}", flush=True)
-        parameters = sum(p.numel() for p in RecallModel(setting, contender).parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         results.append(Result(contender, parameters, curve, time.perf_counter() - start))
     return results
 
@@ -204,9 +203,10 @@ def compare(setting: Setting, chosen: Sequence[Contender]) -> list[Result]:
 def table(setting: Setting, results: Sequence[Result]) -> str:
     """The results as a markdown table under the setting that they were measured in."""
     lines = [
-        f"Multi-query associative recall, {setting.pairs} pairs in {setting.length} tokens, vocabulary {setting.vocabulary}; "
-        f"width {setting.width}, {setting.depth} layers, at most {setting.steps} steps of {setting.batch} sequences, learning "
-        f"rate {setting.learning_rate:g}, seed {setting.seed}. Guessing one of the values: {1 / setting.pairs:.3f}.",
+        f"Multi-query associative recall: {setting.pairs} pairs in {setting.length} tokens, vocabulary "
+        f"{setting.vocabulary}; width {setting.width}, {setting.depth} layers, at most {setting.steps} steps of "
+        f"{setting.batch} sequences, learning rate {setting.learning_rate:g}, seed {setting.seed}. "
+        f"Guessing one of the values: {1 / setting.pairs:.3f}.",
         "",
         "| model | state per layer | parameters | accuracy | steps | seconds |",
         "|---|---|---|---|---|---|",

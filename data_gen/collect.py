@@ -38,7 +38,7 @@ def snapshot_schedule(iterations: int, snapshots: int, spacing: str = "log", see
         ConfigError: there are not that many iterations, or the spacing is unknown.
     """
     if not 2 <= snapshots <= iterations + 1:
-        raise ConfigError(f"zoo: {snapshots} snapshots do not fit, a run has 2 to {iterations + 1} (its iterations, and one)")
+        raise ConfigError(f"zoo: {snapshots} snapshots do not fit, a run has 2 to {iterations + 1} of them")
     inner = snapshots - 2
     if spacing == "uniform":
         drawn = torch.randperm(iterations - 1, generator=rng("cpu", seed, "snapshots"))[:inner] + 1
@@ -64,8 +64,8 @@ def total_iterations(task: Task) -> int:
     if isinstance(task.recipe, PpoRecipe):
         return task.recipe.iterations
     raise TaskError(
-        f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and train_data_fn), "
-        "or import checkpoints"
+        f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and "
+        "train_data_fn), or import checkpoints"
     )
 
 
@@ -110,8 +110,8 @@ def collect(
 ) -> None:
     """Train runs 0 … runs - 1 and store them; finished shards are kept, so an interrupted collection continues.
 
-    Several workers may collect into one folder at once: each claims a shard before it trains it, and all return when the
-    zoo is complete.
+    Several workers may collect into one folder at once: each claims a shard before it trains it, and all return when
+    the zoo is complete.
 
     Args:
         shard_runs: runs per shard, the unit that is kept or lost.

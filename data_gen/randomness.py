@@ -1,10 +1,12 @@
 """Counter-based random numbers for populations: every draw is a hash of (run key, counters), evaluated pointwise.
 
-A run draws the same numbers whatever batch of runs, device or order of steps it is trained in, and nothing has to be stored or
-synchronised. All arithmetic is on int64 tensors that hold 32-bit words and never overflow, hence bit-identical on CPU and GPU.
+A run draws the same numbers whatever batch of runs, device or order of steps it is trained in, and nothing has to be
+stored or synchronised. All arithmetic is on int64 tensors that hold 32-bit words and never overflow, hence
+bit-identical on CPU and GPU.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
@@ -13,7 +15,7 @@ from torch import Tensor
 from Gpt.seeds import derive_seed
 
 _WORD = 0xFFFFFFFF
-_HALF_ROUNDS = 6
+_HALF_ROUNDS = 8  # six fail chi-square tests of uniformity on domains of 24 and fewer, eight pass
 
 
 def run_keys(seed: int, name: str, run_ids: list[int], device: torch.device | str = "cpu") -> Int[Tensor, "runs 2"]:
@@ -23,7 +25,7 @@ def run_keys(seed: int, name: str, run_ids: list[int], device: torch.device | st
 
 
 def hash32(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """A mixing bijection of 32-bit words (multiply and xor-shift; multipliers below 2^31 keep products inside int64)."""
+    """A mixing bijection of 32-bit words; multipliers below 2^31 keep products inside int64."""
     word = word ^ (word >> 16)
     word = (word * 0x21F0AAAD) & _WORD
     word = word ^ (word >> 15)
@@ -32,7 +34,7 @@ def hash32(word: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def random_words(keys: Int[Tensor, "runs 2"], *counters: Int[Tensor, "..."] | int) -> Int[Tensor, "runs slots"]:
-    """Uniform 32-bit words, one for every run and every value of the counters (each broadcastable to `[runs, slots]`)."""
+    """Uniform 32-bit words for every run and value of the counters (each broadcastable to `[runs, slots]`)."""
     word = keys[:, :1]
     for counter in counters:
         word = hash32(word ^ counter)
@@ -49,12 +51,13 @@ def permuted(
 ) -> Int[Tensor, "runs slots"]:
     """Entries `positions` of every run's own random permutation of 0 … length - 1 for one epoch.
 
-    A generalised Feistel network on Z_a x Z_b with cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains"). Positions outside [0, length) are a handful at most, so the walk has a fixed number of steps: no
-    data-dependent loop, no sort, no table.
+    A generalised Feistel network on Z_a x Z_b with cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains"). Only a handful of the a * b places lie outside [0, length), and a walk passes each of them at most
+    once, so it has a fixed number of steps: no data-dependent loop, no sort, no table.
     """
     rows, columns = _near_square(length)
-    round_keys = [random_words(keys, epoch, i) for i in range(_HALF_ROUNDS)]
+    half_rounds = torch.arange(_HALF_ROUNDS, device=keys.device)
+    round_keys = random_words(keys, epoch, half_rounds).split(1, dim=1)
     place = _feistel(positions[None], round_keys, rows, columns)
     for _ in range(rows * columns - length):
         place = torch.where(place < length, place, _feistel(place, round_keys, rows, columns))
@@ -69,7 +72,7 @@ def _near_square(length: int) -> tuple[int, int]:
     return rows, -(-length // rows)
 
 
-def _feistel(place: Tensor, round_keys: list[Tensor], rows: int, columns: int) -> Tensor:
+def _feistel(place: Tensor, round_keys: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     """A bijection of 0 … rows * columns - 1: each half-round shifts one coordinate by a hash of the other."""
     halves, sizes = [place // columns, place % columns], [rows, columns]
     for i, key in enumerate(round_keys):

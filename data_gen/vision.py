@@ -1,12 +1,13 @@
-"""Supervised populations: thousands of small classifiers trained at once, each with its own initialisation and mini-batches.
+"""Supervised populations: thousands of small classifiers trained at once.
 
-All runs of a population are rows of one `[R, D]` tensor; a step is a handful of batched kernels whatever R is. The data set is
-resident once; a step gathers every run's mini-batch from it.
+Every run has its own initialisation and mini-batches. All runs are rows of one `[R, D]` tensor, and a step is a handful
+of batched kernels whatever R is. The data set is resident once; a step gathers every run's mini-batch from it.
 """
 
 import copy
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 
 from data_gen.randomness import below, permuted, random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
+from Gpt.evaluation.population import test_population as score_population
 from Gpt.population import Population, stack_initial
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import derive_seed
@@ -59,20 +61,20 @@ def train_supervised_population(
         ConfigError: the recipe names an unknown optimizer, schedule or augmentation.
     """
     device = torch.device(device)
-    training = _Training(task, recipe, run_ids, seed, device, label_map)
-    step = torch.compile(training.step) if (device.type == "cuda" if compile is None else compile) else training.step
+    step = _training_step(task, recipe, device, device.type == "cuda" if compile is None else compile)
+    state = step.initial_state(run_ids, seed, label_map)
     column = {iteration: s for s, iteration in enumerate(snapshot_iterations)}
     weights = torch.empty(len(run_ids), len(column), task.structure.size, device=device)
     metrics: dict[str, list[Tensor]] = {}
     for iteration in range(snapshot_iterations[-1] + 1):
         if iteration in column:
-            weights[:, column[iteration]] = training.weights
-            for name, values in measure(task, training.weights, label_map).items():
-                metrics.setdefault(name, []).append(values)
+            weights[:, column[iteration]] = state["weights"]
+            for name, values in measure(task, state["weights"], label_map).items():
+                metrics.setdefault(name, []).append(values.to(device))
             if progress:
                 progress(len(run_ids))
         if iteration < snapshot_iterations[-1]:
-            step()
+            step(state)
     return weights, {name: torch.stack(values, 1) for name, values in metrics.items()}
 
 
@@ -87,57 +89,75 @@ def iterations_of(task: Task, recipe: SupervisedRecipe) -> int:
     return recipe.epochs * (len(inputs) // recipe.batch_size)
 
 
-class _Training:
-    """The state of one population and its training step; the step has no host synchronisation and can be compiled."""
+State = dict[str, Tensor]
+"""Everything that changes during training or differs between populations; the step updates it in place."""
 
-    def __init__(
-        self,
-        task: Task,
-        recipe: SupervisedRecipe,
-        run_ids: list[int],
-        seed: int,
-        device: torch.device,
-        label_map: Int[Tensor, "R classes"] | None,
-    ):
-        self.recipe, self.structure = recipe, task.structure
+
+@cache
+def _training_step(task: Task, recipe: SupervisedRecipe, device: torch.device, compile: bool) -> "TrainingStep":
+    """One step object, hence one compilation, for all populations of a task."""
+    return TrainingStep(task, recipe, device, compile)
+
+
+class TrainingStep:
+    """One mini-batch of every run of a population, without host synchronisation."""
+
+    def __init__(self, task: Task, recipe: SupervisedRecipe, device: torch.device, compile: bool = False):
+        _check_choice(recipe, "schedule", ("cosine", "constant"))
+        _check_choice(recipe, "augmentation", ("none", "flip_crop"))
+        _check_deterministic(task)
+        self.task, self.recipe, self.device = task, recipe, device
         self.iterations = iterations_of(task, recipe)
         inputs, self.labels = _train_data(task, device)
         self.inputs = _padded(task, inputs) if recipe.augmentation == "flip_crop" else inputs
-        self.label_map = None if label_map is None else label_map.to(device)
-        self.batch_keys = run_keys(seed, "batches", run_ids, device)
-        self.augmentation_keys = run_keys(seed, "augmentation", run_ids, device)
         self.slots = torch.arange(recipe.batch_size, device=device)
-        self.weights = stack_initial(task.constructor, task.structure, [derive_seed(seed, "init", r) for r in run_ids])
-        self.weights = self.weights.to(device)
-        self.iteration = torch.zeros((), dtype=torch.long, device=device)
-        self.gradient = _population_gradient(task.template, task.structure, device)
-        self.optimizer = make_optimizer(recipe, self.weights, _trainable(task.template, task.structure).to(device))
-        _check_choice(recipe, "schedule", ("cosine", "constant"))
-        _check_choice(recipe, "augmentation", ("none", "flip_crop"))
+        self.gradient = population_gradient(task.template, task.structure, device)
+        self.optimizer = optimizer(recipe, _trainable(task.template, task.structure).to(device))
+        self._run = torch.compile(self._step, dynamic=False) if compile else self._step
 
-    def step(self) -> None:
-        """One mini-batch of every run; updates the weights in place."""
-        inputs, labels = self._mini_batches()
-        gradient = self.gradient(self.weights, inputs, labels)
-        self.optimizer(self.weights, gradient, self._learning_rate())
-        self.iteration += 1
+    def initial_state(self, run_ids: list[int], seed: int, label_map: Tensor | None = None) -> State:
+        """Freshly initialised runs."""
+        seeds = [derive_seed(seed, "init", run_id) for run_id in run_ids]
+        weights = stack_initial(self.task.constructor, self.task.structure, seeds).to(self.device)
+        state = {
+            "weights": weights,
+            "iteration": torch.zeros((), dtype=torch.long, device=self.device),
+            "batch_keys": run_keys(seed, "batches", run_ids, self.device),
+            "augmentation_keys": run_keys(seed, "augmentation", run_ids, self.device),
+            "momentum": torch.zeros_like(weights),
+        }
+        if self.recipe.optimizer != "sgd":
+            state["square"] = torch.zeros_like(weights)
+        if label_map is not None:
+            state["label_map"] = label_map.to(self.device)
+        return state
 
-    def _mini_batches(self) -> tuple[Float[Tensor, "R B ..."], Int[Tensor, "R B"]]:
+    def __call__(self, state: State) -> None:
+        self._run(state)
+
+    def _step(self, state: State) -> None:
+        inputs, labels = self.mini_batches(state)
+        gradient = self.gradient(state["weights"], inputs, labels)
+        self.optimizer(state, gradient, self._learning_rate(state["iteration"]))
+        state["iteration"] += 1
+
+    def mini_batches(self, state: State) -> tuple[Float[Tensor, "R B ..."], Int[Tensor, "R B"]]:
+        """Every run's inputs and labels of the current iteration; an epoch drops its last incomplete mini-batch."""
         length, batch = len(self.labels), self.recipe.batch_size
-        batches_per_epoch = length // batch
-        epoch, batch_index = self.iteration // batches_per_epoch, self.iteration % batches_per_epoch
-        index = permuted(self.batch_keys, epoch, batch_index * batch + self.slots, length)
-        labels = self.labels[index]
-        if self.label_map is not None:
-            labels = self.label_map.gather(1, labels)
+        epoch, index = state["iteration"] // (length // batch), state["iteration"] % (length // batch)
+        examples = permuted(state["batch_keys"], epoch, index * batch + self.slots, length)
+        labels = self.labels[examples]
+        if "label_map" in state:
+            labels = state["label_map"].gather(1, labels)
         if self.recipe.augmentation == "none":
-            return self.inputs[index], labels
-        return flip_crop(self.inputs, index, random_words(self.augmentation_keys, self.iteration, self.slots)), labels
+            return self.inputs[examples], labels
+        words = random_words(state["augmentation_keys"], state["iteration"], self.slots)
+        return flip_crop(self.inputs, examples, words), labels
 
-    def _learning_rate(self) -> Tensor | float:
+    def _learning_rate(self, iteration: Tensor) -> Tensor | float:
         if self.recipe.schedule == "constant":
             return self.recipe.learning_rate
-        return self.recipe.learning_rate * 0.5 * (1 + torch.cos(self.iteration * (math.pi / self.iterations)))
+        return self.recipe.learning_rate * 0.5 * (1 + torch.cos(iteration * (math.pi / self.iterations)))
 
 
 def _train_data(task: Task, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -155,8 +175,17 @@ def _check_choice(recipe: SupervisedRecipe, field: str, known: tuple[str, ...]) 
         raise ConfigError(f"recipe: {field} is {value!r}, expected one of {', '.join(known)}")
 
 
+def _check_deterministic(task: Task) -> None:
+    for name, module in task.template.named_modules():
+        if getattr(module, "p", 0) and "Dropout" in type(module).__name__:
+            raise TaskError(
+                f"task {task.name!r}: {name} is {module}; populations are trained without random layers, so that a run "
+                "is the same in any company: construct the network with dropout 0"
+            )
+
+
 def _trainable(template: nn.Module, structure: Structure) -> Float[Tensor, " D"]:
-    """1 for entries of parameters, 0 for entries of buffers (running statistics), which are not optimised."""
+    """1 for entries of parameters, 0 for frozen ones and for buffers (running statistics)."""
     parameters = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
     return torch.cat([torch.full((t.numel,), float(t.name in parameters)) for t in structure.tensors])
 
@@ -164,35 +193,36 @@ def _trainable(template: nn.Module, structure: Structure) -> Float[Tensor, " D"]
 # --- gradient ---------------------------------------------------------------------------------------------------------
 
 
-def _population_gradient(
+def population_gradient(
     template: nn.Module, structure: Structure, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function (weights [R, D], inputs [R, B, ...], labels [R, B]) -> gradient [R, D] of every run's mean cross-entropy.
+    """(weights [R, D], inputs [R, B, ...], labels [R, B]) -> gradient [R, D] of every run's mean cross-entropy.
 
     Running statistics that the forward pass updates are written back into `weights`.
     """
     net = copy.deepcopy(template).to(device).train()
     fixed = {name: value.to(device) for name, value in structure.fixed.items()}
-    parameters = {name for name, _ in net.named_parameters()}
-    buffers = [t for t in structure.tensors if t.name not in parameters]
+    buffers = [t for t in structure.tensors if t.name in dict(net.named_buffers())]
 
-    def forward(values: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # Buffers are updated in place by the network, hence the copies.
-        state = values | {t.name: values[t.name].clone() for t in buffers}
-        state |= {name: value.clone() for name, value in fixed.items()}
-        logits = functional_call(net, state, (inputs,), tie_weights=True)
-        return logits, {t.name: state[t.name] for t in buffers}
+    def forward(parameters: State, statistics: State, inputs: Tensor) -> tuple[Tensor, State]:
+        # The network updates its buffers in place, hence the copies.
+        copies = {name: value.clone() for name, value in (statistics | fixed).items()}
+        logits = functional_call(net, parameters | copies, (inputs,), tie_weights=True)
+        return logits, {name: copies[name] for name in statistics}
 
-    def loss(values: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, updated = vmap(forward)(values, inputs)
+    def loss(parameters: State, statistics: State, inputs: Tensor, labels: Tensor) -> tuple[Tensor, State]:
+        logits, updated = vmap(forward)(parameters, statistics, inputs)
         # Summed over runs: no weight of one run touches the loss of another. Classes as axis 1, because torch's CPU
         # softmax over a short last axis is seven times slower.
         return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="sum") / labels.shape[1], updated
 
     def gradient(weights: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-        gradients, updated = grad(loss, has_aux=True)(structure.unflatten(weights), inputs, labels)
+        parameters = structure.unflatten(weights)
+        statistics = {t.name: parameters.pop(t.name) for t in buffers}
+        gradients, updated = grad(loss, has_aux=True)(parameters, statistics, inputs, labels)
         for t in buffers:
             weights[:, t.slice] = updated[t.name].flatten(1)
+            gradients[t.name] = torch.zeros_like(updated[t.name])
         return structure.flatten(gradients)
 
     return gradient
@@ -200,13 +230,11 @@ def _population_gradient(
 
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
-Optimizer = Callable[[Tensor, Tensor, Tensor | float], None]
+Optimizer = Callable[[State, Tensor, Tensor | float], None]
 
 
-def make_optimizer(
-    recipe: SupervisedRecipe, weights: Float[Tensor, "R D"], trainable: Float[Tensor, " D"]
-) -> Optimizer:
-    """The in-place update (weights, gradient, learning rate) of the recipe's optimizer; equals torch.optim's, run by run.
+def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> Optimizer:
+    """The in-place update (state, gradient [R, D], learning rate) of the recipe; equals torch.optim's, run by run.
 
     Raises:
         ConfigError: the recipe names another optimizer than sgd, adam or adamw.
@@ -214,14 +242,13 @@ def make_optimizer(
     _check_choice(recipe, "optimizer", ("sgd", "adam", "adamw"))
     decay = recipe.weight_decay * trainable
     if recipe.optimizer == "sgd":
-        return _sgd(weights, decay, trainable, recipe.momentum, recipe.nesterov)
-    return _adam(weights, decay, trainable, decoupled=recipe.optimizer == "adamw")
+        return _sgd(decay, trainable, recipe.momentum, recipe.nesterov)
+    return _adam(decay, trainable, decoupled=recipe.optimizer == "adamw")
 
 
-def _sgd(weights: Tensor, decay: Tensor, trainable: Tensor, momentum: float, nesterov: bool) -> Optimizer:
-    velocity = torch.zeros_like(weights)
-
-    def update(weights: Tensor, gradient: Tensor, learning_rate: Tensor | float) -> None:
+def _sgd(decay: Tensor, trainable: Tensor, momentum: float, nesterov: bool) -> Optimizer:
+    def update(state: State, gradient: Tensor, learning_rate: Tensor | float) -> None:
+        weights, velocity = state["weights"], state["momentum"]
         gradient = gradient * trainable + decay * weights
         velocity.mul_(momentum).add_(gradient)
         weights -= learning_rate * (gradient + momentum * velocity if nesterov else velocity)
@@ -229,22 +256,20 @@ def _sgd(weights: Tensor, decay: Tensor, trainable: Tensor, momentum: float, nes
     return update
 
 
-def _adam(weights: Tensor, decay: Tensor, trainable: Tensor, decoupled: bool) -> Optimizer:
+def _adam(decay: Tensor, trainable: Tensor, decoupled: bool) -> Optimizer:
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch.optim's defaults
-    mean, square = torch.zeros_like(weights), torch.zeros_like(weights)
-    steps = torch.zeros((), device=weights.device)
 
-    def update(weights: Tensor, gradient: Tensor, learning_rate: Tensor | float) -> None:
+    def update(state: State, gradient: Tensor, learning_rate: Tensor | float) -> None:
+        weights, mean, square, step = state["weights"], state["momentum"], state["square"], state["iteration"] + 1
         gradient = gradient * trainable
         if decoupled:
             weights *= 1 - learning_rate * decay
         else:
             gradient = gradient + decay * weights
-        steps.add_(1)
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (square / (1 - beta2**steps)).sqrt() + epsilon
-        weights -= learning_rate / (1 - beta1**steps) * mean / denominator
+        denominator = (square / (1 - beta2**step)).sqrt() + epsilon
+        weights -= learning_rate / (1 - beta1**step) * mean / denominator
 
     return update
 
@@ -288,8 +313,6 @@ def measure(
     for split in ("train", "validation", "test"):
         own_test = task.task_test_fn not in (classification_loss, classification_error)
         if own_test and split != "train":
-            from Gpt.evaluation.population import test_population as score_population
-
             columns |= score_population(task, weights, split, device=weights.device)
             continue
         inputs, labels = task.data(split, weights.device)

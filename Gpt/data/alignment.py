@@ -111,18 +111,19 @@ class _Matching:
 
     def similarity(self, tensors: Collection[TensorSpec]) -> Float[Tensor, " R"]:
         """Inner product with the reference over some of the tensors."""
-        return sum((self.reference[t.name] * self.current[t.name]).flatten(1).sum(1) for t in tensors)
+        products = [(self.reference[t.name] * self.current[t.name]).flatten(1).sum(1) for t in tensors]
+        return torch.stack(products).sum(0)
 
     def best_assignment(self, group: str, tensors: Collection[TensorSpec]) -> Int[Tensor, "R n"]:
         """For every unit of the reference, the current unit most similar to it by these tensors, one to one."""
-        count, total = self.structure.groups[group], 0
+        count, products = self.structure.groups[group], []
         for t in tensors:
             for axis in _axes(t, group):
                 left, right = (_units(side[t.name], axis, count) for side in (self.reference, self.current))
-                total = total + left @ right.mT
-        matrices = total.nan_to_num().cpu().numpy()
+                products.append(left @ right.mT)
+        matrices = torch.stack(products).sum(0).nan_to_num().cpu().numpy()
         columns = [torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]) for matrix in matrices]
-        return torch.stack(columns).to(total.device)
+        return torch.stack(columns).to(products[0].device)
 
     def permuted(self, group: str, assignment: Int[Tensor, "R n"]) -> "_Matching":
         """Put current unit `assignment[r, i]` in place i of network r."""
@@ -175,9 +176,8 @@ def _match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"
 
 def _descend(matching: _Matching) -> _Matching:
     """Coordinate descent over the groups; a step is taken for the networks that it brings nearer to their reference."""
-    sides = (matching.reference, matching.current)
-    squares = [sum(value.flatten(1).square().sum(1) for value in side.values()) for side in sides]
-    tolerance = 1e-5 * (squares[0] * squares[1]).sqrt()  # a smaller gain is a rounding error
+    norms = [matching.structure.flatten(side).norm(dim=1) for side in (matching.reference, matching.current)]
+    tolerance = 1e-5 * norms[0] * norms[1]  # a smaller gain is a rounding error
     for _ in range(MAX_SWEEPS):
         moved = False
         for group in matching.structure.groups:

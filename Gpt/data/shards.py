@@ -1,9 +1,10 @@
 """The zoo on disk: one folder, a manifest, and per shard of runs three files that one worker writes and nobody changes.
 
-    manifest.json                 what was trained and how; written once
-    shard-00000.safetensors       "weights" [runs, snapshots, D], raw and contiguous, so a row is one read at an offset
-    shard-00000.metrics.safetensors   one [runs, snapshots] float32 tensor per column
-    shard-00000.json              run ids, dropped runs, sizes and SHA-256 of the two; written last: it makes the shard exist
+    manifest.json                    what was trained and how; written once
+    shard-00000.safetensors          "weights" [runs, snapshots, D], contiguous: a network is one read at an offset
+    shard-00000.metrics.safetensors  one [runs, snapshots] float32 tensor per column
+    shard-00000.json                 run ids, dropped runs, sizes and SHA-256 of the two; written last, it makes the
+                                     shard exist
 
 Every file is written under a temporary name, synchronised and renamed, so a reader sees a whole file or none.
 """
@@ -94,11 +95,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ZooError(f"there is no zoo at {folder}: {MANIFEST} is missing; collect it first, or mend the path")
     fields = _read_json(file)
     if fields.get("format") != FORMAT:
-        raise ZooError(f"{file} has format {fields.get('format')!r}, this version reads {FORMAT}; collect the zoo again")
+        raise ZooError(f"{file} has format {fields.get('format')!r}, this version reads {FORMAT}; collect it again")
     try:
         return Manifest(**fields)
     except TypeError as error:
-        raise ZooError(f"{file} is not a zoo's manifest ({error}); collect the zoo again into another folder") from error
+        raise ZooError(f"{file} is not a zoo's manifest ({error}); collect into another folder") from error
 
 
 def create_manifest(folder: Path, manifest: Manifest) -> None:
@@ -191,8 +192,8 @@ def write_shard(
             raise
         needed = rows.numel() * rows.element_size()
         raise ZooError(
-            f"no space left for {files['weights']}: this shard needs {needed / 2**20:,.1f} MiB; finished shards are kept, "
-            "make room and run again to continue (or use a smaller dtype, fewer snapshots or fewer runs)"
+            f"no space left for {files['weights']}: this shard needs {needed / 2**20:,.1f} MiB; finished shards are "
+            "kept, make room and run again to continue (or use a smaller dtype, fewer snapshots or fewer runs)"
         ) from error
     return shard
 

@@ -114,9 +114,9 @@ class Zoo:
         test_runs: int = 0,
         validation_runs: int = 0,
     ) -> "Zoo":
-        """A zoo that was never stored; weights stay in their dtype and where they are, `device` is theirs by default."""
+        """A zoo that was never stored; weights stay in their dtype and place, `device` is theirs by default."""
         if weights.shape[-1] != structure.size:
-            raise ZooError(f"weights have {weights.shape[-1]} entries per network, the architecture has {structure.size}")
+            raise ZooError(f"weights have {weights.shape[-1]} entries a network, the architecture has {structure.size}")
         ids = torch.as_tensor(run_ids, dtype=torch.long)
         where = weights.device if device is None else device
         return cls(_Memory(weights), structure, ids, iterations, metrics, where, test_runs, validation_runs)
@@ -149,9 +149,9 @@ class Zoo:
         rows = inside.nonzero().squeeze(1)
         if len(rows) == 0:
             raise ZooError(
-                f"the zoo has {self.runs} runs (and dropped {len(self.dropped)}), but none for the {name} split: the first "
-                f"{test} run ids are test, the next {validation - test} validation, all later ones train; collect more "
-                "runs, or set smaller test and validation splits"
+                f"the zoo has {self.runs} runs (and dropped {len(self.dropped)}), but none for the {name} split: the "
+                f"first {test} run ids are test, the next {validation - test} validation, all later ones train; "
+                "collect more runs, or set smaller test and validation splits"
             )
         return rows
 
@@ -167,7 +167,7 @@ class Zoo:
 
 @dataclass(frozen=True)
 class Scales:
-    """Mean and standard deviation of every tensor, in structure order, and G.pt's single factor 0.538 / std(all weights)."""
+    """Mean and standard deviation of every tensor, and G.pt's single factor 0.538 / std(all weights)."""
 
     mean: Float[Tensor, " tensors"]
     std: Float[Tensor, " tensors"]
@@ -224,7 +224,7 @@ class _Disk:
         ):
             offset = self._starts[holder] + place * buffer.nbytes
             if os.preadv(self._files[holder].fileno(), [buffer], offset) != buffer.nbytes:
-                raise ZooError(f"{self._files[holder].name} was truncated while it was in use; collect that shard again")
+                raise ZooError(f"{self._files[holder].name} was truncated while in use; collect that shard again")
         return networks
 
 
@@ -287,8 +287,8 @@ def _open_shards(folder: Path, manifest: Manifest, checksums: bool = False) -> l
     if finished != list(range(len(finished))):
         gap = next(i for i, index in enumerate(finished) if i != index)
         raise ZooError(
-            f"{shards.shard_files(folder, gap)['index']} is missing although later shards exist; collect again to make it "
-            "(finished shards are kept), or wait for the worker that is at it"
+            f"{shards.shard_files(folder, gap)['index']} is missing although later shards exist; collect again to "
+            "make it (finished shards are kept), or wait for the worker that is at it"
         )
     opened = []
     for index in finished:

@@ -106,14 +106,14 @@ def evaluate(
         say("recursive updates")
         traces, recursive_rows = bench.recursive(chosen)
         say("baselines")
-        sets, baseline_rows = bench.baselines()
+        sets, baseline_rows = bench.trivial_networks()
         say("optimisers")
-        optimiser_traces, optimiser_rows, step_seconds = bench.optimisers(update)
+        optimiser_traces, optimiser_rows, step_seconds = bench.tuned_optimisers(update)
         say("novelty")
         sets = {config.label: update.networks} | sets
-        novelty_rows, bar = bench.novelty(sets)
+        novelty_rows, bar = bench.novelty_of(sets)
         say("costs")
-        paid = bench.costs(update, zoo_seconds, training_seconds, training_examples, step_seconds)
+        paid = bench.costs_of(update, zoo_seconds, training_seconds, training_examples, step_seconds)
     notes = bench.notes() + [f"novelty: a network is good at {bar:.4g} or better in test {task.metric}"]
     return Results(
         task=task.name,
@@ -185,7 +185,7 @@ class Bench:
     def wishes(self, starts: Starts, best: float) -> Float[Tensor, "n p"]:
         return prompting.prompt_range(best, starts.metric, self.config.prompts, self.config.prompt_start_coeff)
 
-    def candidate_wishes(self, starts: Starts) -> Float[Tensor, "n p+1"]:
+    def candidate_wishes(self, starts: Starts) -> Float[Tensor, "n candidates"]:
         """The task's own best prompt, then the attainable range."""
         best = torch.full((len(starts.metric), 1), float(self.task.best_prompt))
         return torch.cat([best, self.wishes(starts, self.attained)], 1)
@@ -280,7 +280,7 @@ class Bench:
             rows.append(self.row(title, "generator", final, updates=config.recursive_steps, note=note))
         return traces, rows
 
-    def baselines(self) -> tuple[dict[str, Float[Tensor, "n D"]], list[Row]]:
+    def trivial_networks(self) -> tuple[dict[str, Float[Tensor, "n D"]], list[Row]]:
         """The trivial networks, by name, and their rows."""
         config, zoo, task, structure = self.config, self.zoo, self.task, self.task.structure
         retrieved = baselines.best_stored(zoo, task, config.networks).read(zoo, self.device)
@@ -304,7 +304,7 @@ class Bench:
         }
         return sets, [self.row(name, "baseline", sets[name], note=notes.get(name, "")) for name in sets]
 
-    def optimisers(self, update: Update) -> tuple[list[Trace], list[Row], float | None]:
+    def tuned_optimisers(self, update: Update) -> tuple[list[Trace], list[Row], float | None]:
         """Tuned optimisers at equal updates, wall-clock and FLOPs, and at their longest; seconds of one step."""
         task, config = self.task, self.config
         if not self._trains_by_gradient:
@@ -321,7 +321,7 @@ class Bench:
         tuning = self.starts("validation", config.tuning_networks)
         traces, rows = [], []
         for optimiser in optimisers.OPTIMISERS:
-            tuned, trace = optimisers.tune(
+            tuned, longest = optimisers.tune(
                 task,
                 optimiser,
                 tuning,
@@ -330,7 +330,7 @@ class Bench:
                 learning_rates=config.learning_rates,
                 seed=derive_seed(config.seed, "optimisers"),
             )
-            traces.append(trace)
+            traces.append(longest)
             for entry in tuned:
                 meant = [f"{name} ({fitting[name]:,} fit)" for name, steps in budgets.items() if steps == entry.steps]
                 edge = ", at the grid's edge" if entry.at_edge else ""
@@ -340,7 +340,7 @@ class Bench:
                 rows.append(self.row(name, "optimiser", entry.weights, updates=entry.steps, note=note, **paid))
         return traces, rows, step_seconds
 
-    def novelty(self, sets: dict[str, Float[Tensor, "n D"]]) -> tuple[list[Novelty], float]:
+    def novelty_of(self, sets: dict[str, Float[Tensor, "n D"]]) -> tuple[list[Novelty], float]:
         config = self.config
         bank = Bank.of(self.zoo, self.task, config.novelty_runs, config.novelty_behaviours, self.device)
         sets = {name: weights[: config.novelty_networks] for name, weights in sets.items()}
@@ -348,7 +348,7 @@ class Bench:
         sets[held_out] = self._finished(config.novelty_networks)
         return novelty(self.task, sets, held_out, bank, candidates=config.novelty_candidates, seed=config.seed)
 
-    def costs(
+    def costs_of(
         self,
         update: Update,
         zoo_seconds: float,

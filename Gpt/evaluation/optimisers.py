@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.results import Trace
 from Gpt.evaluation.statistics import trace
 from Gpt.population import Population
+from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
 
@@ -36,9 +38,9 @@ class Optimiser:
 
 
 OPTIMISERS = (
-    Optimiser("SGD, momentum 0.9", lambda groups: torch.optim.SGD(groups, momentum=0.9), -3, 1),
-    Optimiser("Adam", lambda groups: torch.optim.Adam(groups), -4, 0),
-    Optimiser("AdamW", lambda groups: torch.optim.AdamW(groups), -4, 0),
+    Optimiser("SGD, momentum 0.9", lambda groups: torch.optim.SGD(groups, momentum=0.9), -3.0, 1.0),
+    Optimiser("Adam", lambda groups: torch.optim.Adam(groups), -4.0, 0.0),
+    Optimiser("AdamW", lambda groups: torch.optim.AdamW(groups), -4.0, 0.0),
 )
 
 
@@ -69,8 +71,13 @@ def optimise(
     """Train every start with every learning rate; the networks after each of the (increasing) step counts.
 
     Mini-batches have the recipe's size and are drawn afresh for every network and step, the same ones for every rate.
+
+    Raises:
+        TaskError: the task has no supervised recipe.
     """
-    device = starts.device
+    if not isinstance(task.recipe, SupervisedRecipe):
+        raise TaskError(f"task {task.name!r} has no supervised recipe to optimise by; give it a `recipe`")
+    device, batch_size = starts.device, task.recipe.batch_size
     x, y = task.data("train", device)
     draw = rng(device, seed, "mini-batches")
     stacks = [starts.clone().requires_grad_() for _ in learning_rates]
@@ -83,14 +90,14 @@ def optimise(
             kept.append(torch.stack([stack.detach() for stack in stacks]))
         if step == max(steps):
             break
-        batch = torch.randint(len(y), (len(starts), task.recipe.batch_size), generator=draw, device=device)
+        batch = torch.randint(len(y), (len(starts), batch_size), generator=draw, device=device)
         population.weights = torch.cat(stacks)
         images = x[batch].repeat(len(stacks), *[1] * x.dim())
         logits = population.each(images)
         # A sum over networks: every network then gets the gradient of its own mean loss.
         loss = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(stacks), 1).flatten(), reduction="sum")
         rule.zero_grad()
-        (loss / batch.shape[1]).backward()
+        (loss / batch_size).backward()
         rule.step()
     return torch.stack(kept)
 

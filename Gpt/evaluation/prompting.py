@@ -169,7 +169,7 @@ def recursive_updates(
     generations = [starts]
     for update in range(1, updates + 1):
         fraction = update / updates if mode == "stepped" else 1.0
-        wanted = starts.metric + fraction * (target - starts.metric)
+        wanted = torch.lerp(starts.metric, torch.full_like(starts.metric, target), fraction)
         weights = writer(generations[-1], wanted, f"{name}/{update}")
         metric = test_population(task, weights, "validation")[f"validation_{task.metric}"]
         # A prompt has to be finite: a network broken beyond measure is announced with the metric of its start.

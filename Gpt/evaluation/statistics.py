@@ -25,7 +25,7 @@ def bootstrap_interval(values: Float[Tensor, " n"], seed: int = 0, resamples: in
     return Interval(float(values.mean()), float(low), float(high), count)
 
 
-def trace(name: str, kind: str, x: Sequence[float], values: Sequence[Float[Tensor, " n"]], seed: int = 0) -> Trace:
+def trace(name: str, kind: str, x: Sequence[int], values: Sequence[Float[Tensor, " n"]], seed: int = 0) -> Trace:
     """The mean of n networks at every x, with its bootstrap interval."""
     intervals = [bootstrap_interval(at_x, seed) for at_x in values]
     mean, low, high = ([getattr(interval, bound) for interval in intervals] for bound in ("mean", "low", "high"))

@@ -38,11 +38,11 @@ class GptConfig:
         steps, sampler: default sampling.
     """
 
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
+    width: int = 128
+    depth: int = 6
+    heads: int = 4
     sampler: str = "euler"
-    steps: int = 10
+    steps: int = 4
 
 
 class Block(nn.Module):
@@ -147,8 +147,14 @@ class Gpt(Generator):
 
     @property
     def augment(self) -> bool:
-        """Whether training must draw hidden-unit permutations because the network is not equivariant by itself."""
         return self.network.tokens.entangled
+
+    def fit(self, batch: Batch) -> None:
+        self.normalizer.fit(batch.target, batch.start)
+        self.conditions.fit(batch.prompt)
+
+    def compile_networks(self) -> None:
+        self.network.compile()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         count, device = len(batch.target), batch.target.device

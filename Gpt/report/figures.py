@@ -26,7 +26,7 @@ from Gpt.report.style import (
     shade,
     styled,
 )
-from Gpt.report.text import curve_kind, format_interval, metric_label, novelty_kind
+from Gpt.report.text import comparison_rows, curve_kind, format_interval, metric_label, novelty_kind
 
 
 @styled
@@ -59,29 +59,17 @@ def optimisers(results: Results) -> Figure:
     _draw_traces(axis, traces)
     axis.set_xscale("symlog", linthresh=1)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    levels = [row for row in results.table if row.kind != "optimiser" and results.metric in row.metrics]
     axis.set_xlim(0, max(max(trace.x) for trace in traces))
-    level_values = [row.metrics[results.metric].mean for row in levels]
-    metric_scale(axis, "y", [*_trace_values(traces), *level_values], results.minimize)
+    levels = [(row, row.metrics[results.metric]) for row in comparison_rows(results)]
+    metric_scale(axis, "y", [*_trace_values(traces), *(level.mean for _, level in levels)], results.minimize)
     axis.set_xlabel("optimiser steps")
     axis.set_ylabel(metric_label(results.metric))
-    for row in levels:
-        interval = row.metrics[results.metric]
-        if math.isfinite(interval.mean):
-            width = 2.2 if row.kind == "generator" else 1.1
-            axis.axhline(interval.mean, color=COLOURS[row.kind], lw=width, zorder=1.5)
-            if math.isfinite(interval.high - interval.low):
-                alpha = 0.06 if row.kind == "baseline" else 0.15
-                axis.axhspan(interval.low, interval.high, color=COLOURS[row.kind], alpha=alpha, lw=0)
-    figure.draw_without_rendering()  # the labels are placed in the final axes
-    label_right(
-        axis,
-        [
-            (row.metrics[results.metric].mean, row.name, COLOURS[row.kind])
-            for row in levels
-            if math.isfinite(row.metrics[results.metric].mean)
-        ],
-    )
+    for row, level in levels:
+        weight, alpha = (2.2, 0.15) if row.kind == "generator" else (1.1, 0.06)
+        axis.axhline(level.mean, color=COLOURS[row.kind], lw=weight, zorder=1.5)
+        if math.isfinite(level.high - level.low):
+            axis.axhspan(level.low, level.high, color=COLOURS[row.kind], alpha=alpha, lw=0)
+    label_right(axis, [(level.mean, row.name, COLOURS[row.kind]) for row, level in levels])
     _legend_below(figure)
     return figure
 
@@ -141,15 +129,15 @@ def recursive(results: Results) -> Figure:
 def novelty(results: Results) -> Figure:
     """Distance ratio against metric, one point per set of networks, and error overlap where it was measured."""
     sets = _present(results.novelty, "novelty rows")
-    overlaps = [n for n in sets if n.error_overlap is not None]
+    overlaps = [(n, n.error_overlap) for n in sets if n.error_overlap is not None]
     figure = new_figure(11.0 if overlaps else 7.0, 5.2)
     axes = figure.subplots(1, 2 if overlaps else 1, sharey=True, squeeze=False)[0]
-    _draw_sets(axes[0], [(n, n.distance_ratio) for n in sets])
+    _draw_sets(axes[0], results, [(n, n.distance_ratio) for n in sets])
     axes[0].axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axes[0].set_xlabel("distance to the nearest training network\n(1 = between training networks)")
     axes[0].set_ylabel(metric_label(results.metric))
     if overlaps:
-        _draw_sets(axes[1], [(n, n.error_overlap) for n in overlaps])
+        _draw_sets(axes[1], results, overlaps)
         axes[1].set_xlabel("overlap of wrongly classified examples\nwith the most similar training network (IoU)")
     metric_scale(axes[0], "y", [n.metric.mean for n in sets], results.minimize)
     _legend_below(figure)
@@ -158,21 +146,18 @@ def novelty(results: Results) -> Figure:
 
 @styled
 def training(metrics: Sequence[Metrics]) -> Figure:
-    """Training curves from the lines of metrics.jsonl: losses in one panel, every other validation score in its own."""
-    names = sorted({name for line in metrics for name in line} - {"step", "time"})
-    losses = [name for name in names if name in ("train/loss", "validation/loss")]
-    scores = [name for name in names if name.startswith("validation/") and name not in losses]
-    panels = _present(([losses] if losses else []) + [[name] for name in scores], "training curves")
+    """Training curves from the lines of metrics.jsonl: the objective in one panel, each validation score in its own."""
+    panels = _present(_training_panels(metrics), "training curves")
     rows, columns = _grid(len(panels))
     figure = new_figure(max(7.0, 4.2 * columns), 3.7 * rows)
-    for place, names_here in enumerate(panels):
+    for place, (title, names) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, place + 1)
-        for name in names_here:
+        for name in names:
             _draw_series(axis, metrics, name, COLOURS["baseline" if name == "train/loss" else "generator"])
-        axis.set_title("loss" if names_here == losses else names_here[0].removeprefix("validation/").replace("_", " "))
+        axis.set_title(title)
         axis.set_xlabel("step")
-        if names_here == losses:
-            metric_scale(axis, "y", [line[n] for line in metrics for n in losses if n in line], minimize=True)
+        metric_scale(axis, "y", [line[n] for line in metrics for n in names if n in line], minimize="loss" in title)
+        if len(names) > 1:
             axis.legend(loc="upper right")
     return figure
 
@@ -180,19 +165,27 @@ def training(metrics: Sequence[Metrics]) -> Figure:
 def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str, Path]:
     """Draw every figure there is data for into `folder` (PNG and SVG); returns `{name: path of the PNG}`."""
     metrics = read_metrics(metrics_path)
-    logged = any(name.startswith(("train/", "validation/")) for line in metrics for name in line)
     figures = {
         "table": table(results) if results.table else None,
         "prompt_alignment": prompt_alignment(results) if results.curves else None,
         "optimisers": optimisers(results) if results.optimisers else None,
         "recursive": recursive(results) if results.recursive else None,
         "novelty": novelty(results) if results.novelty else None,
-        "training": training(metrics) if logged else None,
+        "training": training(metrics) if _training_panels(metrics) else None,
     }
     return {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None}
 
 
-def _present(items: list, what: str) -> list:
+def _training_panels(metrics: Sequence[Metrics]) -> dict[str, list[str]]:
+    """`{title: names}` of what is worth a panel; a score may be logged as `validation/x` or `validation_x`."""
+    names = sorted({name for line in metrics for name in line})
+    objective = [name for name in names if name in ("train/loss", "validation/loss")]
+    scores = [name for name in names if name.startswith("validation") and name not in objective]
+    panels = {"objective: loss": objective} if objective else {}
+    return panels | {name.replace("_", " ").replace("/", " "): [name] for name in scores}
+
+
+def _present(items: Any, what: str) -> Any:
     if not items:
         raise ValueError(f"there is nothing to draw: the results hold no {what}")
     return items
@@ -230,8 +223,9 @@ def _draw_curve(axis: Axes, curve: PromptCurve) -> None:
     )
     mean, bounds = format_interval(curve.alignment)
     diverged = int((~np.isfinite(achieved)).any(axis=1).sum())
-    axis.set_title(curve.name + (f" ({diverged} diverged)" if diverged else ""), pad=20)
-    axis.annotate(f"R² {mean}  [{bounds}]", xy=(0, 1.02), xycoords="axes fraction", color=colour, fontsize=10)
+    axis.set_title(curve.name, pad=20)
+    alignment = f"R² {mean}  [{bounds}]" + (f", {diverged} diverged" if diverged else "")
+    axis.annotate(alignment, xy=(0, 1.02), xycoords="axes fraction", color=colour, fontsize=10)
 
 
 def _limit_achieved(axis: Axes, curves: Sequence[PromptCurve]) -> None:
@@ -268,10 +262,10 @@ def _draw_interval(axis: Axes, interval: Interval, height: int, colour: str) -> 
     axis.plot([mean], [height], "o", color=colour, ms=7)
 
 
-def _draw_sets(axis: Axes, points: Sequence[tuple[Novelty, float]]) -> None:
+def _draw_sets(axis: Axes, results: Results, points: Sequence[tuple[Novelty, float]]) -> None:
     counts: dict[str, int] = {}
     for row, x in points:
-        kind = novelty_kind(row.name)
+        kind = novelty_kind(results, row.name)
         marker = MARKERS[counts.setdefault(kind, 0) % len(MARKERS)]
         counts[kind] += 1
         low, mean, high = _finite([row.metric.low, row.metric.mean, row.metric.high])

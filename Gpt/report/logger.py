@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from Gpt.errors import ConfigError
 from Gpt.evaluation.results import PromptCurve, Results, Row, Trace
+from Gpt.report.text import comparison_rows
 
 WANDB_MODES = ("offline", "online", "disabled")
 Metrics = Mapping[str, float | int]
@@ -236,7 +237,7 @@ def _run_id(folder: Path) -> str:
 def line_charts(results: Results) -> dict[str, dict[str, Any]]:
     """`{name: arguments of wandb.plot.line_series}`: prompt curves, one update against optimisers, recursion."""
     charts = {f"prompt_curve/{curve.name}": _prompt_chart(curve, results.metric) for curve in results.curves}
-    levels = [row for row in results.table if row.kind != "optimiser" and results.metric in row.metrics]
+    levels = comparison_rows(results)
     if results.optimisers:
         title = f"{results.metric}: one update against optimisers"
         charts["optimisers"] = _trace_chart(results.optimisers, levels, results.metric, "optimiser steps", title)

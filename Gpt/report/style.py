@@ -96,6 +96,7 @@ def label_right(axis: Axes, labels: Sequence[tuple[float, str, object]], line_he
     Args:
         line_height: height of a line of text as a fraction of the axes.
     """
+    axis.get_ylim()  # settles limits that are still to be computed
     to_axes = axis.transData + axis.transAxes.inverted()
     placed = sorted((float(to_axes.transform((1, y))[1]), text, colour) for y, text, colour in labels)
     heights = spread([height for height, _, _ in placed], line_height)

@@ -71,11 +71,22 @@ def curve_kind(curve: PromptCurve) -> str:
     return "baseline" if any(word in curve.name.lower() for word in ("retrieval", "shuffle")) else "generator"
 
 
-def novelty_kind(name: str) -> str:
-    """Kind of a novelty row by its name: generated networks, trained (held-out) networks, or a baseline."""
-    if "generated" in name.lower():
-        return "generator"
-    return "reference" if "trained" in name.lower() or "held-out" in name.lower() else "baseline"
+def novelty_kind(results: Results, name: str) -> str:
+    """Kind of a set of networks: that of the table's row of this name, or of the rows that begin with it (`G.pt, …`).
+
+    Sets that the table does not know are networks trained apart from the zoo's training runs, hence references.
+    """
+    for row in results.table:
+        if row.name == name or row.name.startswith(f"{name},"):
+            return row.kind
+    return "reference"
+
+
+def comparison_rows(results: Results) -> list[Row]:
+    """What optimisers are drawn beside: the generator's first row, the references, the baselines; finite means only."""
+    generator = find_row(results, "generator")
+    rows = [row for row in results.table if row is generator or row.kind in ("reference", "baseline")]
+    return [r for r in rows if results.metric in r.metrics and math.isfinite(r.metrics[results.metric].mean)]
 
 
 def summarise(results: Results) -> str:
@@ -105,22 +116,21 @@ def summarise(results: Results) -> str:
 
 
 def print_table(results: Results) -> str:
-    """The table as plain text, at most 120 columns wide; side metrics are left out where they do not fit."""
+    """The table as plain text, at most 120 columns wide; side metrics and notes are left out where they do not fit."""
     metrics = metric_columns(results)
-    header = ["name", "kind", *metrics, "updates", "time", "compute", "note"]
-    lines = [header, *([*_cells(row, metrics), row.note] for row in results.table)]
-    limits = [30, 10, *(17 for _ in metrics), 8, 9, 11]
-    widths = [min(limit, max(len(line[i]) for line in lines)) for i, limit in enumerate(limits)]
-    while sum(widths) + 2 * len(widths) > 112 and len(metrics) > 1:  # drop side metrics rather than overflow
+    while True:
+        header = ["name", "kind", *metrics, "updates", "time", "compute"]
+        lines = [header, *(_cells(row, metrics) for row in results.table)]
+        widths = [min(42, max(len(line[i]) for line in lines)) for i in range(len(header))]
+        free = 120 - sum(widths) - 2 * len(widths)
+        if free >= 0 or len(metrics) == 1:
+            break
         metrics.pop()
-        column = 2 + len(metrics)
-        lines = [line[:column] + line[column + 1 :] for line in lines]
-        widths.pop(column)
-    note_width = 120 - sum(widths) - 2 * len(widths)
+    notes = ["note", *(row.note for row in results.table)] if free >= 16 else [""] * len(lines)
     rendered = []
-    for line in lines:
-        cells = [_clip(cell, width).ljust(width) for cell, width in zip(line, widths, strict=False)]
-        rendered.append("  ".join([*cells, _clip(line[-1], note_width)]).rstrip())
+    for line, note in zip(lines, notes, strict=True):
+        cells = [_clip(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)]
+        rendered.append("  ".join([*cells, _clip(note, free)]).rstrip())
     rule = "─" * max(len(line) for line in rendered)
     return "\n".join([f"{results.task}: {metric_label(results.metric)}", rule, rendered[0], rule, *rendered[1:], rule])
 
@@ -158,9 +168,10 @@ def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
 
 
 def _alignment_sentences(results: Results) -> list[str]:
-    followed = next((c for c in results.curves if curve_kind(c) == "generator"), None)
-    if followed is None:
+    own = [curve for curve in results.curves if curve_kind(curve) == "generator"]
+    if not own:
         return []
+    followed = next((curve for curve in own if "attainable" in curve.name), own[0])  # what the controls were asked
     sentences = [f"Prompt alignment (mean R²; {followed.name}) is {_with_interval(followed.alignment)}."]
     for curve in results.curves:
         if "shuffle" in curve.name.lower():
@@ -173,7 +184,7 @@ def _alignment_sentences(results: Results) -> list[str]:
 
 
 def _novelty_sentences(results: Results) -> list[str]:
-    generated = next((n for n in results.novelty if novelty_kind(n.name) == "generator"), None)
+    generated = next((n for n in results.novelty if novelty_kind(results, n.name) == "generator"), None)
     if generated is None:
         return []
     ratio = format_number(generated.distance_ratio, 3)

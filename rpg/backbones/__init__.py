@@ -15,6 +15,7 @@ Backbones add no positional code: tokens carry their own.
 import difflib
 import inspect
 from collections.abc import Collection
+from typing import Any
 
 from Gpt.errors import ConfigError
 from rpg.backbones.base import Backbone, Mixer, State
@@ -38,7 +39,7 @@ BACKBONES: dict[str, type[Mixer]] = {
 }
 
 
-def build_backbone(name: str, width: int, **options: object) -> Backbone:
+def build_backbone(name: str, width: int, **options: Any) -> Backbone:
     """The backbone `name`, from `[B, L, width]` to `[B, L, width]`.
 
     Options are those of `Backbone` (depth, bare, bidirectional, ...) and of the layer itself (d_state, heads, ...).

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,7 @@ class Mixer(nn.Module, ABC):
         self.causal = True
 
     @classmethod
-    def defaults(cls, layer: int, depth: int) -> dict[str, object]:
+    def defaults(cls, layer: int, depth: int) -> dict[str, Any]:
         """Options that depend on the place of the layer in a stack of `depth`."""
         return {}
 
@@ -44,28 +44,31 @@ class Mixer(nn.Module, ABC):
         """The state before the first token."""
 
 
-class Bidirectional(nn.Module):
+class Bidirectional(Mixer):
     """The sum of a mixer that reads forwards and of another that reads backwards; it has no state to go on from."""
 
     def __init__(self, forwards: Mixer, backwards: Mixer) -> None:
-        super().__init__()
+        super().__init__(forwards.in_width, forwards.width)
         self.forwards = forwards
         self.backwards = backwards
         self.causal = False
 
     def forward(
-        self, x: Float[Tensor, "batch length in_width"], state: None = None
+        self, x: Float[Tensor, "batch length in_width"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch length width"], State]:
         y, _ = self.forwards(x)
         reversed_y, _ = self.backwards(x.flip(1))
         return y + reversed_y.flip(1), ()
 
+    def initial_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        return ()
 
-class Residual(nn.Module):
-    """Pre-norm residual block: `x + mixer(norm(x))`, then `x + mlp(mlp_norm(x))` unless `mlp_ratio` is 0."""
 
-    def __init__(self, mixer: Mixer | Bidirectional, width: int, mlp_ratio: float) -> None:
-        super().__init__()
+class Residual(Mixer):
+    """Pre-norm residual block: `x + mixer(norm(x))`, then `x + mlp(norm'(x))` unless `mlp_ratio` is 0."""
+
+    def __init__(self, mixer: Mixer, width: int, mlp_ratio: float) -> None:
+        super().__init__(width, width)
         self.norm = RMSNorm(width)
         self.mixer = mixer
         self.causal = mixer.causal
@@ -103,7 +106,7 @@ class Backbone(nn.Module):
         bare: bool = False,
         bidirectional: bool = False,
         mlp_ratio: float | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.width = width
@@ -120,14 +123,14 @@ class Backbone(nn.Module):
         if mlp_ratio is None:
             mlp_ratio = mixer.mlp_ratio
 
-        layers = []
-        for layer in range(depth):
-            sizes = (width, self.out_width if layer == depth - 1 else width)
-            settings = mixer.defaults(layer, depth) | options
-            one = mixer(*sizes, **settings)
+        layers: list[Mixer] = []
+        for i in range(depth):
+            sizes = (width, self.out_width if i == depth - 1 else width)
+            settings = mixer.defaults(i, depth) | options
+            layer = mixer(*sizes, **settings)
             if bidirectional:
-                one = Bidirectional(one, mixer(*sizes, **settings))
-            layers.append(one if bare else Residual(one, width, mlp_ratio))
+                layer = Bidirectional(layer, mixer(*sizes, **settings))
+            layers.append(layer if bare else Residual(layer, width, mlp_ratio))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Identity() if bare else RMSNorm(width)
         self.causal = all(layer.causal for layer in layers)
@@ -161,7 +164,7 @@ class Backbone(nn.Module):
         """The state before the first token, one entry a layer. Raises ConfigError unless the backbone is causal."""
         if not self.causal:
             raise ConfigError("a backbone that sees both sides has no state; give it whole sequences or make it causal")
-        return tuple(layer.initial_state(batch, device, dtype) for layer in self.layers)
+        return tuple(layer.initial_state(batch, device, dtype) for layer in self.layers)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimiser should leave undecayed: vectors, and the rates of state spaces."""

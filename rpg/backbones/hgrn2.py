@@ -1,5 +1,7 @@
 """HGRN2 (Qin et al. 2024, arXiv 2404.07904); parameters are named as in flash-linear-attention's HGRN2Attention."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -42,7 +44,7 @@ class HGRN2(Mixer):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     @classmethod
-    def defaults(cls, layer: int, depth: int) -> dict[str, object]:
+    def defaults(cls, layer: int, depth: int) -> dict[str, Any]:
         return {"lower_bound": layer / depth}
 
     def initial_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:

@@ -48,11 +48,12 @@ class CausalConv1d(nn.Conv1d):
     """
 
     KERNEL = "causal_conv1d.causal_conv1d_fn"
+    bias: Tensor
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Float[Tensor, "batch length channels"], past: Float[Tensor, "batch memory channels"]
     ) -> tuple[Float[Tensor, "batch length channels"], Float[Tensor, "batch memory channels"]]:
         memory = past.shape[1]

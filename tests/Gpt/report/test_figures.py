@@ -70,8 +70,7 @@ def test_diverged_networks_neither_crash_nor_stretch_a_figure_and_are_counted(sy
     for name in OF_RESULTS:
         FigureCanvasAgg(getattr(figures, name)(diverged)).draw()
     figure = figures.prompt_alignment(diverged)
-    titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == ["held-out starts (1 diverged)", "held-out starts (24 diverged)"]
+    assert ["1 diverged" in texts(figure)[0], "24 diverged" in " ".join(texts(figure))] == [True, True]
     assert figure.axes[0].get_ylim()[1] < 10
 
 

@@ -7,11 +7,13 @@ import pytest
 
 from Gpt.evaluation.results import Interval, Results, Row
 from Gpt.report.text import (
+    comparison_rows,
     format_flops,
     format_interval,
     format_number,
     format_seconds,
     metric_label,
+    novelty_kind,
     print_table,
     summarise,
 )
@@ -79,7 +81,7 @@ def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_
 
 
 def test_a_generator_that_ignores_its_prompt_is_found_out(synthetic_results):
-    held_out, shuffled = synthetic_results.curves[0], synthetic_results.curves[3]
+    held_out, shuffled = synthetic_results.curves[0], synthetic_results.curves[4]
     assert "does follow its prompt" in summarise(synthetic_results)
     same = dataclasses.replace(shuffled, alignment=held_out.alignment)
     assert "not shown to follow" in summarise(dataclasses.replace(synthetic_results, curves=[held_out, same]))
@@ -101,3 +103,24 @@ def test_many_metrics_leave_the_main_one_in_the_table(synthetic_results):
     text = print_table(dataclasses.replace(synthetic_results, table=[crowded]))
     assert max(map(len, text.splitlines())) <= 120
     assert "test_loss" in text and "0.348" in text
+
+
+def test_the_controls_are_compared_with_the_curve_that_was_asked_the_same(synthetic_results):
+    assert "held-out starts, attainable) is 0.900" in summarise(synthetic_results)
+
+
+def test_kinds_of_novelty_sets_follow_the_table(synthetic_results):
+    kinds = {row.name: novelty_kind(synthetic_results, row.name) for row in synthetic_results.novelty}
+    assert kinds == {
+        "G.pt": "generator",
+        "held-out training": "reference",
+        "retrieval": "baseline",
+        "noise 0.2": "baseline",
+        "soup": "baseline",
+    }
+
+
+def test_optimisers_are_compared_with_one_generated_row_and_with_no_optimiser(synthetic_results):
+    names = [row.name for row in comparison_rows(synthetic_results)]
+    assert [name for name in names if "G.pt" in name] == ["G.pt, one update"]
+    assert "ordinary training" in names and "retrieval" in names and "SGD, 1 step" not in names

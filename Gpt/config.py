@@ -1,0 +1,138 @@
+"""The typed configuration of a run: what hydra composes from `configs/` becomes one `RunConfig`."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from Gpt.data.batches import BatchConfig
+from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.report.logger import LoggerConfig
+from Gpt.training import TrainerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where image data are.
+
+    Attributes:
+        root: folder to look in before `./data`.
+        download: fetch with torchvision what is not found.
+    """
+
+    root: str | None = None
+    download: bool = True
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """The population of trained networks.
+
+    Attributes:
+        path: its folder; `zoos/<the task's zoo name>` when None. Collected there if it is missing or incomplete.
+        runs: training runs in all; the first `test_runs` are the test split, the next `validation_runs` the validation split.
+        snapshots, spacing: stored per run, "log" or "uniform" in the training iteration.
+        dtype: float32, bfloat16 or float16 on disk and in memory.
+        shard_runs, population: runs stored, and runs trained, at once (population: a shard's when None).
+        storage: "gpu", "ram", "disk", or "auto".
+        max_weight: runs with a larger weight are dropped.
+        recipe: changes to the task's training recipe, e.g. {epochs: 5}.
+    """
+
+    path: str | None = None
+    runs: int = 2304
+    test_runs: int = 128
+    validation_runs: int = 128
+    snapshots: int = 32
+    spacing: str = "log"
+    seed: int = 0
+    dtype: str = "float32"
+    shard_runs: int = 256
+    population: int | None = None
+    storage: str = "auto"
+    max_weight: float = 10.0
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The diffusion objective, see `Gpt.diffusion.objectives`.
+
+    Attributes:
+        name: "flow" or "ddpm".
+        loss_space, times: of flow matching only.
+    """
+
+    name: str = "flow"
+    prediction: str = "x0"
+    loss_space: str = "x0"
+    times: str = "logit_normal"
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """What the generator can be prompted with.
+
+    Attributes:
+        names: of `Gpt.conditions`; empty for an unconditional generator.
+        dropout: share of training examples that leave a condition out, for guidance.
+    """
+
+    names: tuple[str, ...] = ("target_metric",)
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunFolderConfig:
+    """Where the run lives: `<root>/<name>`; the name of the configuration when None."""
+
+    root: str = "runs"
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about one run.
+
+    Attributes:
+        task: a key of TASK_METADATA.
+        task_modules: files of the user's that add tasks.
+        generator: {name: …, settings of that generator}.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        resume: "auto" continues or reuses what the run folder holds; "never" starts a new folder beside it.
+        test_only: evaluate the trained generator again instead of training.
+        collect_only: stop when the zoo is there, and print what it holds.
+    """
+
+    task: str = "digits_loss"
+    task_modules: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    zoo: ZooConfig = field(default_factory=ZooConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    generator: dict[str, Any] = field(default_factory=lambda: {"name": "gpt"})
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    device: str = "auto"
+    seed: int = 0
+    resume: str = "auto"
+    test_only: bool = False
+    collect_only: bool = False
+
+    def training_settings(self) -> dict[str, Any]:
+        """The part of the configuration that trained weights depend on; a run is only resumed with the same."""
+        settings = dataclasses.asdict(self)
+        for key in ("data", "evaluation", "logger", "run", "device", "resume", "test_only", "collect_only"):
+            del settings[key]
+        for key in ("path", "shard_runs", "population", "storage"):
+            del settings["zoo"][key]
+        return settings
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """A hint for an unknown key: the most similar known one, or all of them."""
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

@@ -1,0 +1,87 @@
+"""Training examples out of a zoo: pairs of snapshots of one run for G.pt, single snapshots for generators that start from noise."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from Gpt.data.zoo import Zoo
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch, Prompt
+from Gpt.tasks import Task
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How examples are drawn.
+
+    Attributes:
+        from_initial: share of pairs that start at the initialisation, where one-step optimisation starts; the others are
+            G.pt's: a spacing, then a start, both uniform.
+        last_snapshots: without a start, targets are drawn from this many snapshots at the end of each run; None for all.
+    """
+
+    from_initial: float = 0.5
+    last_snapshots: int | None = None
+
+
+class BatchSampler:
+    """Draws batches from the runs of one split. All draws come from the `rng` given, which lives on the zoo's device.
+
+    Args:
+        conditions: names of the prompt's conditions.
+        with_start: whether examples have a starting network (an earlier snapshot of the same run).
+        permute: rename the hidden units of every example, the same way in start and target.
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        task: Task,
+        split: str,
+        conditions: tuple[str, ...],
+        config: BatchConfig,
+        *,
+        with_start: bool,
+        permute: bool,
+    ):
+        if with_start and zoo.snapshots < 2:
+            raise ConfigError("this generator learns from pairs of snapshots, but the zoo has one snapshot of each run")
+        self.zoo, self.task, self.config = zoo, task, config
+        self.rows = zoo.split(split)
+        self.conditions, self.with_start, self.permute = conditions, with_start, permute
+        self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
+
+    def __call__(self, count: int, rng: torch.Generator) -> Batch:
+        """`count` independent examples."""
+        rows = self.rows[torch.randint(len(self.rows), (count,), generator=rng, device=rng.device)]
+        start, target = self._pairs(count, rng) if self.with_start else (None, self._singles(count, rng))
+        weights = [self.zoo.read(rows, snapshots) for snapshots in (target, start) if snapshots is not None]
+        if self.permute:
+            index = self.zoo.structure.permutation_index(self.zoo.structure.random_permutations(count, rng))
+            weights = [flat.gather(1, index) for flat in weights]
+        return Batch(weights[0], weights[1] if self.with_start else None, self._prompt(rows, start, target))
+
+    def _pairs(self, count: int, rng: torch.Generator) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
+        """Snapshot indices (start, target) with start < target."""
+        spacing = torch.randint(1, self.zoo.snapshots, (count,), generator=rng, device=rng.device)
+        first = (_uniform(count, rng) * (self.zoo.snapshots - spacing)).long()
+        initial = _uniform(count, rng) < self.config.from_initial
+        return torch.where(initial, 0, first), torch.where(initial, spacing, first + spacing)
+
+    def _singles(self, count: int, rng: torch.Generator) -> Int[Tensor, " B"]:
+        last = min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
+        return self.zoo.snapshots - 1 - torch.randint(last, (count,), generator=rng, device=rng.device)
+
+    def _prompt(self, rows: Tensor, start: Tensor | None, target: Tensor) -> Prompt:
+        prompt: Prompt = {}
+        if self.metric is not None:
+            wanted = self.metric[rows, target]
+            given = self.metric[rows, start] if start is not None else torch.full_like(wanted, torch.nan)
+            prompt["target_metric"] = torch.stack([given, wanted], dim=1)
+        return prompt
+
+
+def _uniform(count: int, rng: torch.Generator) -> Float[Tensor, " count"]:
+    return torch.rand(count, generator=rng, device=rng.device)

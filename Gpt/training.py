@@ -1,0 +1,212 @@
+"""The one training loop, for every generator, on CPU or GPU, in one process or several.
+
+Step i is a function of (seed, i): its batch and its noise are drawn from named seeds, in slices that do not depend on how many
+processes share the work. A run that is killed and resumed, or spread over more processes, therefore trains on the same numbers.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from Gpt.checkpoint import CheckpointFolder, TrainingState
+from Gpt.errors import ConfigError, UserError
+from Gpt.generator import Batch, Generator
+from Gpt.report.logger import Loggers
+from Gpt.seeds import rng
+
+Sampler = Callable[[int, torch.Generator], Batch]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Optimisation and bookkeeping.
+
+    Attributes:
+        batch_size: examples per step, over all processes and slices.
+        slices: equal parts of a batch that are drawn and differentiated one after the other; a multiple of the number of
+            processes. More slices need less memory.
+        warmup: steps of linear warm-up; then the learning rate falls linearly to zero ("linear") or along a cosine.
+        max_grad_norm: gradients are scaled down to this norm.
+        ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
+        precision: "float32", or "bfloat16" for automatic mixed precision.
+        compile: compile the generator's networks with torch.compile.
+        validate_every, checkpoint_every: steps; 0 leaves it to the end.
+        validation_batches: batches behind one validation loss.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    slices: int = 1
+    learning_rate: float = 4e-3
+    schedule: str = "linear"
+    warmup: int = 50
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.99
+    precision: str = "float32"
+    compile: bool = False
+    validate_every: int = 250
+    checkpoint_every: int = 250
+    log_every: int = 10
+    validation_batches: int = 4
+
+
+def train(
+    generator: Generator,
+    draw: Sampler,
+    draw_validation: Sampler,
+    score: Callable[[Generator], dict[str, float]],
+    config: TrainerConfig,
+    checkpoints: CheckpointFolder,
+    logger: Loggers,
+    device: torch.device,
+    seed: int,
+) -> TrainingState:
+    """Train, and leave the averaged weights in `generator`: the best ones by `score` where it was measured.
+
+    Args:
+        draw, draw_validation: `(count, rng) -> Batch`, from training and from validation runs.
+        score: measures the averaged generator on validation data; its key "score" (lower is better) picks the best weights.
+
+    Raises:
+        UserError: the loss is not finite; the latest checkpoint is from before.
+        CheckpointError: a checkpoint cannot be read or written.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.slices % world or config.batch_size % config.slices:
+        raise ConfigError(
+            f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide batch_size={config.batch_size}"
+        )
+    ema = AveragedModel(generator, multi_avg_fn=_ema(config.ema_decay))
+    optimizer = _adamw(generator, config, device)
+    state = checkpoints.load(generator, ema.module, optimizer) if checkpoints.exists() else TrainingState()
+    ema.n_averaged.fill_(state.step)
+    if config.compile:
+        generator.compile_networks()
+    step_loss = _Loss(generator)
+    model = DistributedDataParallel(step_loss) if world > 1 else step_loss
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
+    begun = time.perf_counter() - state.seconds
+    running, since = torch.zeros((), device=device), state.step
+
+    while True:
+        last = state.step >= config.steps
+        if last or _due(state.step, config.validate_every):
+            facts = _validate(ema.module, draw_validation, score, config, device, seed)
+            logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
+            if rank == 0 and facts["score"] < state.best_score:
+                state.best_score, state.best_step = facts["score"], state.step
+                checkpoints.save_best(ema.module, {"step": state.step, **facts})
+            bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
+        state.seconds = time.perf_counter() - begun
+        if rank == 0 and (last or _due(state.step, config.checkpoint_every)):
+            checkpoints.save(state, generator, ema.module, optimizer)
+        if last:
+            break
+
+        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(state.step, config)
+        for part in range(rank, config.slices, world):
+            noise = rng(device, seed, "batch", state.step, part)
+            batch = draw(config.batch_size // config.slices, noise)
+            final = part + world >= config.slices
+            with autocast, contextlib.nullcontext() if final or world == 1 else model.no_sync():
+                loss = model(batch, noise) * world / config.slices
+            loss.backward()
+            running += loss.detach() / world
+        norm = nn.utils.clip_grad_norm_(generator.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update_parameters(generator)
+        state.step += 1
+        bar.update()
+
+        if _due(state.step, config.log_every):
+            value = _sum_over_processes(running).item() / (state.step - since)
+            if not math.isfinite(value):
+                raise UserError(
+                    f"training: the loss is {value} at step {state.step}; lower trainer.learning_rate "
+                    f"(now {config.learning_rate:g}) and start again: the latest good checkpoint is used"
+                )
+            logger.log({"train/loss": value, "train/grad_norm": norm.item()}, state.step)
+            running.zero_()
+            since = state.step
+
+    bar.close()
+    checkpoints.load_best(generator)
+    return state
+
+
+def learning_rate_factor(step: int, config: TrainerConfig) -> float:
+    """Warm-up times decay, 1 at most."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    progress = step / config.steps
+    return warm * ((1 - progress) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class _Loss(nn.Module):
+    """`Generator.loss` as a forward pass, which DistributedDataParallel hooks into."""
+
+    def __init__(self, generator: Generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, batch: Batch, noise: torch.Generator) -> Tensor:
+        return self.generator.loss(batch, noise)
+
+
+def _adamw(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        generator.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+def _ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    @torch.no_grad()
+    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        step = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
+
+    return average
+
+
+@torch.no_grad()
+def _validate(
+    generator: Generator,
+    draw: Sampler,
+    score: Callable[[Generator], dict[str, float]],
+    config: TrainerConfig,
+    device: torch.device,
+    seed: int,
+) -> dict[str, float]:
+    """Validation loss on the same examples and noise every time, and the score of written networks."""
+    total = 0.0
+    for i in range(config.validation_batches):
+        noise = rng(device, seed, "validation", i)
+        total += generator.loss(draw(config.batch_size // config.slices, noise), noise).item()
+    return {"loss": total / config.validation_batches, **score(generator)}
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0

@@ -1,0 +1,422 @@
+"""Collect the zoo if it is missing, train a generator on it, evaluate it, write the report.
+
+    python main.py                                   the embedded default, configs/digits_loss.yaml
+    python main.py --config-name mnist_loss          another configuration; --help lists them
+    python main.py test_only=true                    evaluate again from the trained generator
+    torchrun --nproc-per-node 2 main.py …            the same, spread over two processes
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from data_gen.collect import collect
+from Gpt.checkpoint import CheckpointFolder
+from Gpt.conditions import Conditions, prompt_features
+from Gpt.config import RunConfig, nearest
+from Gpt.data import sources
+from Gpt.data.batches import BatchSampler
+from Gpt.data.importers import import_checkpoints
+from Gpt.data.zoo import Zoo, scales
+from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
+from Gpt.errors import CheckpointError, ConfigError, UserError
+from Gpt.evaluation.evaluate import evaluate, validation_score
+from Gpt.evaluation.results import Results
+from Gpt.generator import Generator
+from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.report.figures import save_figures
+from Gpt.report.html import write_report
+from Gpt.report.logger import open_loggers
+from Gpt.report.text import print_table
+from Gpt.seeds import derive_seed, rng
+from Gpt.tasks import Task, get_task, load_task_modules
+from Gpt.training import train
+
+CONFIGS = Path(__file__).parent / "configs"
+FIT_EXAMPLES = 8192  # examples that normalisation scales are read off
+
+GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {"gpt": (GptConfig, Gpt)}
+
+
+@dataclass
+class Experiment:
+    """The parts of one run, each built when it is first needed."""
+
+    config: RunConfig
+    name: str
+
+    @cached_property
+    def device(self) -> torch.device:
+        wanted = self.config.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
+        if wanted == "cuda" and dist.is_initialized():
+            wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return torch.device(wanted)
+
+    @cached_property
+    def folder(self) -> Path:
+        return Path(self.config.run.root) / (self.config.run.name or self.name)
+
+    @cached_property
+    def task(self) -> Task:
+        sources.configure(self.config.data.root, self.config.data.download)
+        load_task_modules(self.config.task_modules)
+        task = get_task(self.config.task)
+        if self.config.zoo.recipe:
+            known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
+            for key in self.config.zoo.recipe:
+                if key not in known:
+                    raise ConfigError(f"zoo.recipe: task {task.name!r} has no setting {key!r}; {nearest(key, known)}")
+            task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, **self.config.zoo.recipe))
+        return task
+
+    @property
+    def zoo_folder(self) -> Path:
+        return Path(self.config.zoo.path or Path("zoos") / self.task.zoo_name)
+
+    @cached_property
+    def zoo(self) -> Zoo:
+        """The zoo, collected or imported first where that is still to do."""
+        settings, task = self.config.zoo, self.task
+        if task.checkpoints:
+            if not self.zoo_folder.exists():
+                import_checkpoints(task.checkpoints, self.zoo_folder, task)
+        elif task.recipe or not self.zoo_folder.exists():
+            collect(
+                task,
+                self.zoo_folder,
+                runs=settings.runs,
+                snapshots=settings.snapshots,
+                spacing=settings.spacing,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                shard_runs=settings.shard_runs,
+                device=self.device,
+                population=settings.population,
+                max_weight=settings.max_weight,
+            )
+        return Zoo.open(
+            self.zoo_folder,
+            task.structure,
+            storage=settings.storage,
+            device=self.device,
+            test_runs=settings.test_runs,
+            validation_runs=settings.validation_runs,
+        )
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The untrained generator; its parameters are a function of the seed."""
+        settings = dict(self.config.generator)
+        name = settings.pop("name", None)
+        if name not in GENERATORS:
+            raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), list(GENERATORS))}")
+        config_class, build = GENERATORS[name]
+        config = _typed(config_class, settings, "generator")
+        width = getattr(config, "width", 1)
+        features = prompt_features(self.config.condition.names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "generator"))
+            conditions = Conditions(features, width, self.config.condition.dropout)
+            return build(self.task.structure, conditions, self._objective(), config).to(self.device)
+
+    @cached_property
+    def checkpoints(self) -> CheckpointFolder:
+        identity = {
+            "task": self.task.name,
+            "architecture": self.task.structure.fingerprint,
+            "generator": self.config.generator,
+            "conditions": list(self.config.condition.names),
+        }
+        return CheckpointFolder(self.folder / "checkpoints", json.loads(json.dumps(identity)))
+
+    def sampler(self, split: str) -> BatchSampler:
+        """Draws batches from one split of the zoo."""
+        return BatchSampler(
+            self.zoo,
+            self.task,
+            split,
+            self.config.condition.names,
+            self.config.batches,
+            with_start=self.generator.needs_start,
+            permute=self.generator.augment and split == "train",
+        )
+
+    def trained(self) -> Generator:
+        """The generator with its best weights."""
+        self.checkpoints.load_best(self.generator)
+        return self.generator.eval()
+
+    def _objective(self) -> Objective:
+        settings = self.config.objective
+        if settings.name == "flow":
+            return FlowMatching(settings.prediction, settings.loss_space, settings.times)
+        if settings.name == "ddpm":
+            return DDPM(settings.prediction)
+        raise ConfigError(f"objective.name={settings.name} is unknown; {nearest(settings.name, ['flow', 'ddpm'])}")
+
+
+def run(experiment: Experiment) -> Results | None:
+    """The main job. Returns what the evaluation found, or None where there was nothing left to do."""
+    config = experiment.config
+    if config.collect_only:
+        print(describe(experiment.zoo))
+        return None
+    begun = time.perf_counter()
+    zoo = experiment.zoo
+    zoo_seconds = time.perf_counter() - begun
+    summary = prepare_folder(experiment, zoo_seconds)
+    if summary.get("finished") and not config.test_only:
+        print(f"This run is finished: {experiment.folder / 'report.html'}\n"
+              "Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")  # fmt: skip
+        return None
+
+    folder, primary = experiment.folder, not dist.is_initialized() or dist.get_rank() == 0
+    logger = open_loggers(config.logger, folder, dataclasses.asdict(config), summary.get("step", -1)) if primary else _silent()
+    try:
+        if not config.test_only:
+            experiment.generator.fit(experiment.sampler("train")(FIT_EXAMPLES, rng(experiment.device, config.seed, "fit")))
+            state = train(
+                experiment.generator,
+                experiment.sampler("train"),
+                experiment.sampler("validation"),
+                lambda generator: score(generator, experiment),
+                config.trainer,
+                experiment.checkpoints,
+                logger,
+                experiment.device,
+                config.seed,
+            )
+            summary |= {"training_seconds": state.seconds, "step": state.step}
+            write_summary(folder, summary)
+        if not primary:
+            return None
+        results = evaluate(
+            experiment.trained(),
+            experiment.task,
+            zoo,
+            config.evaluation,
+            experiment.device,
+            training_seconds=summary.get("training_seconds", 0.0),
+            zoo_seconds=summary.get("zoo_seconds", 0.0),
+            training_examples=summary.get("step", 0) * config.trainer.batch_size,
+            progress=lambda phrase: print(f"evaluating: {phrase} …", flush=True),
+        )
+        report(experiment, results, logger)
+        write_summary(folder, summary | {"finished": True})
+        return results
+    finally:
+        logger.finish()
+
+
+def score(generator: Generator, experiment: Experiment) -> dict[str, float]:
+    """Validation metrics for the loop; "score" is the one-update metric, signed so that lower is better."""
+    measured = validation_score(
+        generator, experiment.task, experiment.zoo, experiment.config.evaluation, experiment.device
+    )
+    metric = measured[f"validation_{experiment.task.metric}"]
+    return {name.removeprefix("validation_"): value for name, value in measured.items()} | {
+        "score": metric if experiment.task.minimize else -metric
+    }
+
+
+def report(experiment: Experiment, results: Results, logger: Any) -> None:
+    """Everything a run leaves behind: results.json, figures, report.html, the logged charts, the table on the terminal."""
+    folder = experiment.folder
+    (folder / "results.json").write_text(json.dumps(results.to_json(), indent=1))
+    figures = save_figures(results, folder / "metrics.jsonl", folder / "figures")
+    page = write_report(folder, results, dataclasses.asdict(experiment.config), folder / "metrics.jsonl", figures)
+    for name, path in figures.items():
+        logger.figure(name, path)
+    logger.results(results)
+    print(f"\n{print_table(results)}\n\nreport: {page}")
+
+
+def describe(zoo: Zoo) -> str:
+    """What a zoo holds, what was dropped, and the scales that normalisation uses."""
+    found = scales(zoo)
+    lines = [
+        f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder}",
+        f"dropped runs: {len(zoo.dropped)}" + "".join(f"\n  {run}: {why}" for run, why in zoo.dropped.items()),
+        f"one coefficient for all weights (G.pt: 0.538 / std): {found.coefficient:.4f}",
+        *(f"  {t.name}: mean {m:+.4f}, std {s:.4f}" for t, m, s in zip(zoo.structure.tensors, found.mean, found.std, strict=True)),
+        *(f"final {name}: {values[:, -1].mean():.4f}" for name, values in zoo.metrics.items()),
+    ]
+    return "\n".join(lines)
+
+
+def prepare_folder(experiment: Experiment, zoo_seconds: float) -> dict[str, Any]:
+    """Make or reopen the run folder; returns what earlier sessions left in summary.json.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+        CheckpointError: `test_only` without a trained generator.
+    """
+    config, folder = experiment.config, experiment.folder
+    if config.resume not in ("auto", "never"):
+        raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
+    if config.resume == "never" and folder.exists() and not config.test_only:
+        number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
+        experiment.folder = folder = folder.with_name(f"{folder.name}-{number}")
+    settings = json.loads(json.dumps(config.training_settings()))
+    if (folder / "config.json").is_file():
+        different = list(_differences(json.loads((folder / "config.json").read_text()), settings))
+        if different:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
+                "Choose another run.name, or resume=never for a new folder beside it"
+            )
+    elif config.test_only:
+        raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1))
+        OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+        write_summary(folder, {"zoo_seconds": zoo_seconds})
+    file = folder / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Replace summary.json."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (folder / "summary.tmp").write_text(json.dumps(summary, indent=1))
+        os.replace(folder / "summary.tmp", folder / "summary.json")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {old}, now {new}"
+
+
+def _silent():
+    from Gpt.report.logger import Loggers
+
+    return Loggers([])
+
+
+def typed_config(composed: DictConfig) -> RunConfig:
+    """The composed configuration as checked dataclasses.
+
+    Raises:
+        ConfigError: a key is misspelt or a value is of the wrong type; names the key and the nearest right one.
+    """
+    return _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "")
+
+
+def _typed(schema: type, values: Any, where: str) -> Any:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except ConfigKeyError as error:
+        parent, _, key = str(error.full_key or "").rpartition(".")
+        known = [f.name for f in dataclasses.fields(_schema_at(schema, parent))]
+        full = ".".join(filter(None, (where, parent, key)))
+        raise ConfigError(f"configuration: there is no key {full!r}; {nearest(key, known)}") from error
+    except OmegaConfBaseException as error:
+        full = ".".join(filter(None, (where, str(error.full_key or ""))))
+        raise ConfigError(f"configuration: {full!r}: {str(error).splitlines()[0]}") from error
+
+
+def _schema_at(schema: type, path: str) -> Any:
+    for part in filter(None, path.split(".")):
+        schema = next(f.type for f in dataclasses.fields(schema) if f.name == part)  # type: ignore[assignment]
+    return schema
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Catch what hydra would answer unhelpfully: a misspelt key, group or configuration name.
+
+    Raises:
+        ConfigError: names the key and the nearest right one.
+    """
+    for i, argument in enumerate(arguments):
+        name = argument.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
+        if argument.split("=")[0] in ("--config-name", "-cn") and not (CONFIGS / f"{name.removesuffix('.yaml')}.yaml").is_file():
+            raise ConfigError(f"there is no configuration {name!r}; {nearest(name, [p.stem for p in CONFIGS.glob('*.yaml')])}")
+    plain = [a for a in arguments if "=" in a and not a.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(plain):
+        keys = override.key_or_group.split(".")
+        schema: Any = RunConfig
+        for depth, key in enumerate(keys):
+            if keys[0] == "hydra" or not dataclasses.is_dataclass(schema):
+                break
+            known = {f.name: f.type for f in dataclasses.fields(schema)}
+            if key not in known:
+                raise ConfigError(f"configuration: there is no key {'.'.join(keys[: depth + 1])!r}; {nearest(key, list(known))}")
+            schema = known[key]
+        group = CONFIGS / override.key_or_group
+        if group.is_dir() and isinstance(override.value(), str) and not (group / f"{override.value()}.yaml").is_file():
+            options = [p.stem for p in group.glob("*.yaml")]
+            raise ConfigError(f"{override.key_or_group}={override.value()}: no such option; {nearest(str(override.value()), options)}")
+
+
+def help_text() -> str:
+    """Every configuration and every group option with the first comment line of its file."""
+
+    def line(file: Path) -> str:
+        return f"  {file.stem:24s} {file.read_text().splitlines()[0].lstrip('# ')}"
+
+    parts = [(__doc__ or "").strip(), "", "Configurations (--config-name NAME):"]
+    parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml"))]
+    for group in sorted(p for p in CONFIGS.iterdir() if p.is_dir() and p.name != "__pycache__"):
+        parts += ["", f"{group.name}=OPTION:", *(line(file) for file in sorted(group.glob("*.yaml")))]
+    parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512; docs/configuration.md lists them."]
+    return "\n".join(parts)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="digits_loss")
+def _compose_and_run(composed: DictConfig) -> None:
+    _guard(lambda: run(Experiment(typed_config(composed), HydraConfig.get().job.config_name)))
+
+
+def _guard(job: Callable[[], Any]) -> None:
+    """Errors a user can mend end with their message; Ctrl-C says how to go on."""
+    try:
+        job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues from the last checkpoint (resume=auto).", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Command-line entry."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text())
+        return
+    _guard(lambda: check_arguments(sys.argv[1:]))
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        _compose_and_run()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

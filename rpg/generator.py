@@ -1,0 +1,198 @@
+"""RPG, the generator of whole networks from noise: our default (`Rpg`); the published one is in `rpg.paper`.
+
+Recurrent parameter generation (Wang et al. 2025, arXiv 2501.11587) lets a sequence model write one prototype per token and
+denoises every token by itself, given its prototype. Kept here: tokens of a complete state_dict, positions, prototypes,
+run identities. Different, and why:
+
+    the sequence model is small and reads positions through a low-rank table     its input never depends on the data
+    latents are deviations from the mean checkpoint, in units of their spread    what all networks share is not learned
+    tokens meet while they are denoised, in a transformer with adaLN             weights of one network depend on each other
+    x0-prediction on the straight path, 10 to 20 steps                           instead of 1,000
+    the request reaches every token and has a null value                         guidance
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from Gpt.conditions import Conditions
+from Gpt.diffusion.objectives import Objective
+from Gpt.diffusion.samplers import SAMPLERS, guided
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch, Generator, Prompt
+from Gpt.seeds import rng as seeded
+from Gpt.structure import Structure
+from rpg.denoiser import Denoiser, Prototypes
+from rpg.tokens import Latents, Layout
+
+IDENTITY = "identity"
+
+
+@dataclass(frozen=True)
+class RpgConfig:
+    """Tokens, size and sampling defaults.
+
+    Attributes:
+        policy, token_size: how the weights are cut, see `rpg.tokens`; neuron tokens have a size of their own.
+        position: code of a token's place: layer_chunk, index or learned.
+        width, depth, heads: of the denoiser, a transformer; prototypes have the same width.
+        backbone, backbone_depth, rank: the sequence model that writes prototypes, and the rank of its token table.
+        identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt names
+            as "identity", Int `[B]`; 0 for networks that share one basin, or tokens that do not mind.
+        sampler, steps: default sampling.
+        weights_per_pass: how many weights are denoised at once; bounds the memory of sampling.
+    """
+
+    policy: str = "neuron"
+    token_size: int = 1024
+    position: str = "layer_chunk"
+    width: int = 192
+    depth: int = 4
+    heads: int = 6
+    backbone: str = "mamba2"
+    backbone_depth: int = 2
+    rank: int = 32
+    identities: int = 0
+    sampler: str = "euler"
+    steps: int = 20
+    weights_per_pass: int = 2**25
+
+
+class Rpg(Generator):
+    """Writes networks from noise, on request.
+
+    Args:
+        structure: architecture of the networks.
+        conditions: what it can be prompted with; of width `config.width`.
+        objective: any objective that predicts x0.
+        config: see `RpgConfig`.
+
+    Raises:
+        ConfigError, StructureError: the parts do not fit together.
+    """
+
+    needs_start = False
+    augment = False
+
+    def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgConfig):
+        super().__init__()
+        if objective.prediction != "x0":
+            raise ConfigError(f"the RPG generator predicts x0; objective.prediction={objective.prediction} does not fit")
+        if config.width % config.heads:
+            raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
+        self.structure, self.config, self.objective, self.conditions = structure, config, objective, conditions
+        self.default_steps = config.steps
+        self.latents = Latents(structure)
+        layout = Layout(structure, config.policy, config.token_size)
+        self.prototypes = Prototypes(
+            layout, config.position, config.width, config.rank, config.backbone, config.backbone_depth
+        )
+        self.denoiser = Denoiser(layout, config.width, config.depth, config.heads)
+        self.identities = nn.Embedding(config.identities, config.width) if config.identities else None
+
+    def fit(self, weights: Float[Tensor, "n D"]) -> None:
+        """Read the mean checkpoint and the spreads off training networks; call once, before training."""
+        self.latents.fit(weights)
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
+        """Squared error of the denoised latents; every weight that varies counts alike.
+
+        Raises:
+            ConfigError: the generator has identities and the batch does not say whose networks these are.
+        """
+        count, device = len(batch.target), batch.target.device
+        prompt, identity = split_identity(batch.prompt)
+        if self.identities is not None and identity is None:
+            raise ConfigError(f'generator.identities={self.config.identities}: training needs prompt["{IDENTITY}"]')
+        latents = self.latents.encode(batch.target)
+        t = self.objective.draw_times(count, rng, device)
+        noise = torch.randn(latents.shape, generator=rng, device=device)
+        network = self._network(self._request(prompt, identity, count, self.conditions.keep(count, rng)))
+        return self.objective.loss(network, latents, t, noise, mask=self.latents.spread > 0).mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: Prompt,
+        start: None = None,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        noise: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B D"]:
+        """Write networks; see `Generator.sample`. Without an identity in the prompt, each network draws one.
+
+        Networks are written `config.weights_per_pass` weights at a time, which changes nothing but the memory taken, unless
+        the sampler is stochastic: its draws follow the passes.
+        """
+        device = self.latents.center.device
+        count = network_count(prompt, start, count, noise)
+        rng = seeded(device, seed, "sample")
+        if noise is None:
+            noise = torch.randn(count, self.structure.size, generator=rng, device=device)
+        conditions, identity = split_identity(prompt)
+        if self.identities is not None and identity is None:
+            identity = torch.randint(self.config.identities, (count,), generator=rng, device=device)
+        written = []
+        for rows in torch.arange(count, device=device).split(max(1, self.config.weights_per_pass // self.structure.size)):
+            part = {name: value[rows] for name, value in conditions.items()}
+            who = None if identity is None else identity[rows]
+            denoise = self._guided(part, who, len(rows), guidance)
+            latents = SAMPLERS[self.config.sampler](denoise, self.objective, noise[rows], steps or self.default_steps, rng)
+            written.append(self.latents.decode(latents))
+        return torch.cat(written)
+
+    def _guided(self, prompt: Prompt, identity: Tensor | None, count: int, guidance: float) -> Callable:
+        with_prompt = self.objective.denoiser(self._network(self._request(prompt, identity, count)))
+        if guidance == 1:
+            return with_prompt
+        without = self.objective.denoiser(self._network(self._request({}, identity, count)))
+        return guided(with_prompt, without, guidance)
+
+    def _request(
+        self,
+        prompt: Prompt,
+        identity: Int[Tensor, " B"] | None,
+        count: int,
+        keep: Bool[Tensor, "conditions B"] | None = None,
+    ) -> Float[Tensor, "B width"]:
+        """What is asked for, as one vector: the conditions that `keep` leaves, and whose network it should resemble."""
+        request = self.conditions(prompt, count, keep).to(self.latents.center.device)
+        return request if self.identities is None else request + self.identities(identity)
+
+    def _network(self, request: Float[Tensor, "B width"]) -> Callable[[Tensor, Tensor], Tensor]:
+        prototypes = self.prototypes(request)
+
+        def network(z_t: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = self.objective.alpha_sigma(t)
+            return self.denoiser(z_t, self.latents.anchor, prototypes, request, alpha, sigma)
+
+        return network
+
+
+def split_identity(prompt: Prompt) -> tuple[Prompt, Int[Tensor, " B"] | None]:
+    """The conditions of a prompt, and the identity it names, if any."""
+    return {name: value for name, value in prompt.items() if name != IDENTITY}, prompt.get(IDENTITY)
+
+
+def network_count(prompt: Prompt, start: Tensor | None, count: int | None, noise: Tensor | None) -> int:
+    """How many networks to write: what `count`, every row of the prompt and the noise agree on.
+
+    Raises:
+        ConfigError: nothing says it, they disagree, or networks to start from are given.
+    """
+    if start is not None:
+        raise ConfigError("this generator writes networks from noise: leave out `start`")
+    lengths = {name: len(value) for name, value in prompt.items()}
+    lengths |= {} if count is None else {"count": count}
+    lengths |= {} if noise is None else {"noise": len(noise)}
+    if not lengths:
+        raise ConfigError("sampling needs to know how many networks to write: give `count`, or a prompt with one row each")
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"sampling is asked for different numbers of networks: {lengths}")
+    return next(iter(lengths.values()))

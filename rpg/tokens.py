@@ -1,0 +1,251 @@
+"""A complete state_dict as tokens: where it is cut, in which units its numbers are, and how a token says where it stands.
+
+    weights [D]  <-Latents->  latents [D], unit variance  <-a cut->  tokens [T, K] and a mask of what is padding
+
+Counters, empty tensors and ties are no part of the flat vector; `Gpt.structure.Structure` restores them, with the order
+of the keys and the dtypes. Learned scalars are weights like any other. The policies are those of RPG (Wang et al. 2025,
+arXiv 2501.11587, section 3.1) and the neuron tokens of `Gpt.neurons`:
+
+    flat            pieces of `token_size` entries of everything in a row
+    within_layer    the same, begun afresh at every tensor
+    by_channel      whole output channels, as many as fit; a channel that does not fit is cut by its own first axis
+    neuron          every weight that touches one hidden unit
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from Gpt.errors import ConfigError, StructureError
+from Gpt.neurons import NeuronTokens
+from Gpt.structure import Structure
+from Gpt.tokens import Tokenization, split_sizes
+
+POLICIES = ("flat", "within_layer", "by_channel", "neuron")
+CODES = ("layer_chunk", "index", "learned")
+
+VARIANCE_FLOOR = 0.05  # of a layer's typical variance: keeps the logarithm of a dead channel finite
+
+
+def token_sizes(structure: Structure, policy: str, token_size: int) -> list[int]:
+    """Entries of each token, in the order of the flat vector, for the three policies that cut it.
+
+    Raises:
+        ConfigError: there is no such policy, or `token_size` is not positive.
+    """
+    if token_size < 1:
+        raise ConfigError(f"generator.token_size={token_size}: a token holds at least one weight")
+    if policy == "by_channel":
+        return [size for spec in structure.tensors for size in _channel_sizes(spec.shape, token_size)]
+    names = {"flat": "chunk", "within_layer": "chunk_within_layer"}
+    if policy not in names:
+        raise ConfigError(f"generator.policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}")
+    return list(split_sizes([[spec.numel for spec in structure.tensors]], names[policy], token_size))
+
+
+def cut(structure: Structure, policy: str, token_size: int) -> Tokenization:
+    """`encode` flat rows `[B, D]` to tokens `[B, T, K]` and `decode` them, exactly; `mask [T, K]` is False in the padding.
+
+    Raises:
+        ConfigError: see `token_sizes`.
+    """
+    return Tokenization(pairwise(accumulate(token_sizes(structure, policy, token_size), initial=0)))
+
+
+def token_coordinates(structure: Structure, sizes: Sequence[int]) -> Int[Tensor, "T 2"]:
+    """(layer, chunk) of each token of a cut: the tensor its first entry lies in, and how many tokens began there before."""
+    offsets = [spec.offset for spec in structure.tensors]
+    layers = [bisect_right(offsets, start) - 1 for start in accumulate(sizes[:-1], initial=0)]
+    chunks, seen = [], dict.fromkeys(layers, 0)
+    for layer in layers:
+        chunks.append(seen[layer])
+        seen[layer] += 1
+    return torch.tensor([layers, chunks]).T
+
+
+class Layout(nn.Module):
+    """Latents `[B, D]` <-> one `[B, tokens, entries]` block per kind of token, for every policy.
+
+    Attributes:
+        shapes: `(tokens, entries)` of each block. A cut has one block; neuron tokens have one per hidden layer.
+        coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: the hidden units of
+            a network with one hidden layer stand nowhere in particular.
+        place: Int `[T]`, the place of each token.
+
+    Raises:
+        ConfigError, StructureError: the policy or the token size does not exist, or does not fit the structure.
+    """
+
+    coordinates: Int[Tensor, "P 2"]
+    place: Int[Tensor, " T"]
+
+    def __init__(self, structure: Structure, policy: str, token_size: int):
+        super().__init__()
+        self.neurons = policy == "neuron"
+        if self.neurons:
+            self.tokens = NeuronTokens(structure)
+            self.shapes = self.tokens.shapes
+            coordinates = torch.tensor([(kind, unit) for kind, (n, _) in enumerate(self.shapes) for unit in range(n)])
+            place = torch.arange(len(coordinates))
+            if not self.tokens.entangled:
+                place = coordinates[:, 0]
+                coordinates = coordinates[coordinates[:, 1] == 0]
+        else:
+            self.tokens = cut(structure, policy, token_size)
+            self.shapes = (tuple(self.tokens.mask.shape),)
+            coordinates = token_coordinates(structure, token_sizes(structure, policy, token_size))
+            place = torch.arange(len(coordinates))
+        self.register_buffer("coordinates", coordinates, persistent=False)
+        self.register_buffer("place", place, persistent=False)
+
+    def encode(self, latents: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
+        return self.tokens.encode(latents) if self.neurons else [self.tokens.encode(latents)]
+
+    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
+        return self.tokens.decode(blocks) if self.neurons else self.tokens.decode(blocks[0])
+
+
+class PositionCode(nn.Module):
+    """A vector `[P, width]` for each (layer, chunk).
+
+    "layer_chunk" gives the first half of the width to sinusoids of the chunk and the second to those of the layer; "index"
+    numbers the places through; "learned" starts as "layer_chunk" and is trained.
+
+    Raises:
+        ConfigError: there is no such code, or the width does not divide into its sines and cosines.
+    """
+
+    def __init__(self, name: str, coordinates: Int[Tensor, "P 2"], width: int):
+        super().__init__()
+        if name not in CODES:
+            raise ConfigError(f"generator.position={name!r} does not exist; choose one of {', '.join(CODES)}")
+        if width % 4:
+            raise ConfigError(f"generator.width={width} is no multiple of 4, as the sines and cosines of two axes need")
+        layer, chunk = coordinates.unbind(1)
+        if name == "index":
+            code = sinusoids(torch.arange(len(layer), device=layer.device), width)
+        else:
+            code = torch.cat([sinusoids(chunk, width // 2), sinusoids(layer, width // 2)], dim=1)
+        if name == "learned":
+            self.code = nn.Parameter(code)
+        else:
+            self.register_buffer("code", code, persistent=False)
+
+    def forward(self) -> Float[Tensor, "P width"]:
+        return self.code
+
+
+def sinusoids(position: Int[Tensor, " n"] | Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
+    """sin and cos of position / 10000^(2i / width), alternating (Vaswani et al. 2017, section 3.5)."""
+    exponents = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
+    angles = position[:, None].float() * 10000.0**-exponents
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+class Latents(nn.Module):
+    """Weights `[B, D]` <-> latents of unit variance around a centre: (u - center) / spread.
+
+    u is the weight itself, or log(v / m + 0.05) for a running variance v in a layer of mean variance m / 0.95. Spreads are
+    per tensor. What never varies among the training networks is not generated: it has spread 0, latent 0, and is written
+    as it was, to the bit.
+
+    Args:
+        residual: the centre is the mean checkpoint, so that only what tells networks apart remains; otherwise it is one
+            number per tensor, as in RPG.
+
+    Attributes:
+        anchor: `[D]` mean checkpoint in units of each tensor's standard deviation: where a residual starts from. It is
+            close to 0 where hidden units have no common order, and says which weight is which where they have.
+    """
+
+    center: Float[Tensor, " D"]
+    spread: Float[Tensor, " D"]
+    anchor: Float[Tensor, " D"]
+    variances: Int[Tensor, " V"]
+    variance_scale: Float[Tensor, " V"]
+
+    def __init__(self, structure: Structure, residual: bool = True):
+        super().__init__()
+        self.residual = residual
+        self._slices = [spec.slice for spec in structure.tensors]
+        of_variances = [torch.arange(s.offset, s.slice.stop) for s in structure.tensors if s.kind == "running_var"]
+        variances = torch.cat(of_variances) if of_variances else torch.empty(0, dtype=torch.long)
+        self.register_buffer("center", torch.zeros(structure.size))
+        self.register_buffer("spread", torch.ones(structure.size))
+        self.register_buffer("anchor", torch.zeros(structure.size))
+        self.register_buffer("variances", variances, persistent=False)
+        self.register_buffer("variance_scale", torch.ones(len(variances)))
+
+    @torch.no_grad()
+    def fit(self, weights: Float[Tensor, "n D"]) -> None:
+        """Read centre and spreads off training networks.
+
+        Raises:
+            StructureError: a weight is not finite.
+        """
+        if not weights.isfinite().all():
+            raise StructureError("training networks hold NaN or infinite weights; leave such networks out of the zoo")
+        scale = torch.ones_like(self.spread)
+        for where in self._slices:
+            scale[where] = weights[:, where].double().mean()
+        self.variance_scale.copy_((1 - VARIANCE_FLOOR) * scale[self.variances])
+        self.variance_scale[self.variance_scale <= 0] = 1
+        self.spread.fill_(1)
+        values = self._log(weights)
+        for where in self._slices:
+            self._fit_tensor(where, values[:, where].double(), weights[:, where].double())
+
+    def encode(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        varies = self.spread > 0
+        scale = torch.where(varies, self.spread, 1)
+        return torch.where(varies, (self._log(weights) - self.center) / scale, 0)
+
+    def decode(self, latents: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        return self._exp(self.center + latents * self.spread)
+
+    def _fit_tensor(self, where: slice, values: Tensor, weights: Tensor) -> None:
+        """Centre, spread and anchor of one tensor; `values` are in the units of the centre, `weights` are plain."""
+        rows = weights if self.residual else weights.reshape(-1, 1)
+        varies = (rows.amax(0) > rows.amin(0)).expand(weights.shape[1])
+        center = values.mean(0) if self.residual else values.mean().expand(weights.shape[1])
+        deviation = (values - center)[:, varies]
+        spread = deviation.square().mean().sqrt() if deviation.numel() else 0.0
+        std = (values - values.mean()).square().mean().sqrt()
+        self.center[where] = torch.where(varies, center, weights[0]).to(self.center)
+        self.spread[where] = torch.where(varies, spread, 0.0).to(self.spread)
+        self.anchor[where] = ((center - values.mean()) / torch.where(std > 0, std, 1)).to(self.anchor)
+
+    def _log(self, weights: Tensor) -> Tensor:
+        """Running variances that vary to their logarithms; all else stays."""
+        return self._map_variances(weights, lambda v, scale: (v / scale + VARIANCE_FLOOR).log())
+
+    def _exp(self, values: Tensor) -> Tensor:
+        """Inverse of `_log`; a variance is never negative."""
+        return self._map_variances(values, lambda u, scale: (u.exp() - VARIANCE_FLOOR).clamp_min(0) * scale)
+
+    def _map_variances(self, rows: Tensor, function) -> Tensor:
+        if not len(self.variances):
+            return rows
+        given = rows[:, self.variances]
+        mapped = torch.where(self.spread[self.variances] > 0, function(given, self.variance_scale), given)
+        return rows.index_copy(1, self.variances, mapped)
+
+
+def _channel_sizes(shape: tuple[int, ...], limit: int) -> list[int]:
+    """Token sizes of one tensor: whole rows of axis 0, in as few tokens as hold them, filled as evenly as can be."""
+    entries = 1
+    for length in shape:
+        entries *= length
+    if entries <= limit:
+        return [entries]
+    row = entries // shape[0]
+    if row > limit:
+        return _channel_sizes(shape[1:], limit) * shape[0]
+    tokens = -(-shape[0] // (limit // row))
+    rows = -(-shape[0] // tokens)
+    full, rest = divmod(shape[0], rows)
+    return [rows * row] * full + [rest * row] * (rest > 0)

@@ -1,0 +1,104 @@
+"""A small task with a zoo that trains in a second, and generators whose behaviour is known in advance."""
+
+import jaxtyping
+import pytest
+import torch
+
+with jaxtyping.install_import_hook(["Gpt.evaluation", "Gpt.data.alignment"], "beartype.beartype"):
+    from Gpt.data.zoo import Zoo
+    from Gpt.evaluation import baselines
+    from Gpt.evaluation.evaluate import evaluate  # noqa: F401 - imports every module with its shapes checked
+    from Gpt.evaluation.optimisers import OPTIMISERS, optimise
+    from Gpt.evaluation.population import test_population as measure
+from Gpt.generator import Generator
+from Gpt.networks import MLP
+from Gpt.population import stack_initial
+from Gpt.recipes import SupervisedRecipe
+from Gpt.tasks import Task, check_entry, classification_correct, classification_loss
+
+
+def blobs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three overlapping Gaussian classes in six dimensions."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (count,), generator=rng)
+    centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    return centres[y] + 0.8 * torch.randn(count, 6, generator=rng), y
+
+
+@pytest.fixture(scope="session")
+def task() -> Task:
+    entry = {
+        "task_test_fn": classification_loss,
+        "constructor": lambda: MLP(6, 4, 3),
+        "data_fn": lambda: blobs(200, 1),
+        "validation_data_fn": lambda: blobs(200, 2),
+        "train_data_fn": lambda: blobs(300, 3),
+        "correct_fn": classification_correct,
+        "minimize": True,
+        "best_prompt": 0.0,
+        "recursive_prompt": 0.0,
+        "symmetry": MLP.symmetry,
+        "metric": "loss",
+        "batched": True,
+        "recipe": SupervisedRecipe(epochs=10, batch_size=16),
+    }
+    return check_entry("blobs", entry)
+
+
+@pytest.fixture(scope="session")
+def zoo(task) -> Zoo:
+    """120 runs of 6 snapshots, the first 20 of the test split and the next 20 of the validation split."""
+    starts = stack_initial(task.constructor, task.structure, list(range(120)))
+    iterations = [0, 2, 5, 15, 50, 150]
+    weights = optimise(task, starts, OPTIMISERS[0], [0.05], iterations, seed=0)[:, 0].transpose(0, 1).contiguous()
+    metrics = {}
+    for split in ("validation", "test"):
+        for column, values in measure(task, weights.flatten(0, 1), split).items():
+            metrics[column] = values.view(weights.shape[:2])
+    return Zoo.from_tensors(
+        weights, metrics, list(range(120)), iterations, task.structure, test_runs=20, validation_runs=20
+    )
+
+
+class Copying(Generator):
+    """Returns the stored training snapshot that answers the prompt best: perfectly aligned, nothing new."""
+
+    default_steps = 1
+
+    def __init__(self, zoo: Zoo, task: Task, needs_start: bool = True):
+        super().__init__()
+        self.zoo, self.task, self.needs_start = zoo, task, needs_start
+        self.layer = torch.nn.Linear(2, 2, bias=False)
+        self.batches = []
+
+    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+        assert (start is not None) == self.needs_start
+        assert not self.training
+        self.batches.append(count)
+        wanted = prompt["target_metric"]
+        self.layer(wanted)  # eight FLOPs a network
+        return baselines.retrieve(self.zoo, self.task, wanted[:, 1]).read(self.zoo, wanted.device)
+
+
+@pytest.fixture(scope="module")
+def copying(zoo, task) -> Copying:
+    return Copying(zoo, task)
+
+
+@pytest.fixture(scope="module")
+def copying_from_noise(zoo, task) -> Copying:
+    return Copying(zoo, task, needs_start=False)
+
+
+class Idle(Generator):
+    """Returns what it was given."""
+
+    default_steps, needs_start = 1, True
+
+    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+        return start.clone()
+
+
+@pytest.fixture(scope="module")
+def idle() -> Idle:
+    return Idle()

@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from Gpt.evaluation import costs, prompting
+from Gpt.recipes import PpoRecipe
+
+FORWARD = 2 * (6 * 4 + 4 * 3)
+
+
+def test_counts_products_and_fused_attention():
+    a, q = torch.zeros(3, 4), torch.zeros(1, 2, 8, 16)
+    assert costs.count_flops(lambda: a @ a.T) == 2 * 3 * 4 * 3
+    assert costs.count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * 2 * 8 * 8 * 16
+
+
+def test_of_networks_and_their_training(task):
+    assert costs.forward_flops(task) == FORWARD
+    assert costs.training_step_flops(task) == 16 * 3 * FORWARD
+    assert costs.training_steps(task) == 10 * (300 // 16)
+    assert costs.forward_flops(replace(task, train_data_fn=None)) == FORWARD
+    assert costs.training_steps(replace(task, recipe=None)) is None
+
+
+def test_of_reinforcement_learning(task):
+    recipe = PpoRecipe(iterations=3, environments=8, horizon=4, epochs=2, minibatches=2)
+    reinforced = replace(task, train_data_fn=None, recipe=recipe)
+    whole = costs.training_steps(reinforced) * costs.training_step_flops(reinforced)
+    assert whole == 3 * (8 * 4) * (1 + 3 * 2) * FORWARD
+
+
+def test_of_a_sample(copying, task, zoo):
+    starts = prompting.initial_networks(zoo, task, "test", 3, "cpu")
+    with prompting.evaluating(copying):
+        assert costs.sample_flops(copying, starts, None, 1.0) == 8
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample", "train", "expected"),
+    [(100.0, 1.0, 3.0, 50.0), (100.0, 3.0, 3.0, None), (100.0, 4.0, 3.0, None)],
+)
+def test_break_even(fixed, sample, train, expected):
+    assert costs.break_even(fixed, sample, train) == expected

@@ -1,0 +1,74 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from Gpt.evaluation import baselines
+from Gpt.evaluation.novelty import Bank, novelty
+from Gpt.population import stack_initial
+
+
+@pytest.fixture(scope="module")
+def bank(task, zoo):
+    return Bank.of(zoo, task, 1000, 1000, "cpu")
+
+
+@pytest.fixture(scope="module")
+def held_out(task, zoo):
+    return baselines.final_stored(zoo, task, "test").read(zoo, "cpu")
+
+
+def rows(task, bank, **sets):
+    found, bar = novelty(task, sets, "held_out", bank, candidates=6, seed=0)
+    return {row.name: row for row in found}, bar
+
+
+def test_permuted_copies_are_found_out(task, zoo, bank, held_out):
+    stored = baselines.best_stored(zoo, task, 20).read(zoo, "cpu")
+    permutations = task.structure.random_permutations(20, torch.Generator().manual_seed(0))
+    copies = stored.gather(1, task.structure.permutation_index(permutations))
+    found, _ = rows(task, bank, copies=copies, held_out=held_out)
+    assert found["copies"].distance < 1e-5 and found["copies"].distance_ratio < 1e-5
+    assert found["copies"].copying_z < -5
+    assert found["copies"].error_overlap > 0.98  # permuting units rounds logits differently
+    assert found["copies"].novel_and_good == 0
+
+
+def test_held_out_training_is_as_far_as_training_networks_are_from_each_other(task, bank, held_out):
+    found, bar = rows(task, bank, held_out=held_out)
+    row = found["held_out"]
+    assert 0.8 < row.distance_ratio < 1.25
+    assert row.copying_z == 0
+    assert 0.2 < row.novel_and_good < 0.9
+    assert row.error_overlap < 1
+    assert bar > row.metric.mean
+
+
+def test_far_away_networks_are_novel_but_not_good(task, bank, held_out):
+    random = 3 * stack_initial(task.constructor, task.structure, list(range(900, 920)))
+    found, _ = rows(task, bank, random=random, held_out=held_out)
+    assert found["random"].distance_ratio > 1 and found["random"].copying_z > 3
+    assert found["random"].novel_and_good == 0
+
+
+def test_a_little_noise_gives_the_distance_of_the_noise(task, zoo, bank, held_out):
+    stored = baselines.best_stored(zoo, task, 20).read(zoo, "cpu")
+    noise = 0.01 * torch.randn(stored.shape, generator=torch.Generator().manual_seed(0))
+    found, _ = rows(task, bank, noise=stored + noise, held_out=held_out)
+    assert found["noise"].distance == pytest.approx(noise.norm(dim=1).mean().item(), rel=1e-3)
+
+
+def test_broken_networks_and_tasks_without_correctness(task, zoo, bank, held_out):
+    without = replace(task, correct_fn=None)
+    bank = Bank.of(zoo, without, 1000, 1000, "cpu")
+    broken = torch.full_like(held_out, torch.nan)
+    found, _ = rows(without, bank, broken=broken, held_out=held_out)
+    assert found["broken"].error_overlap is None and found["broken"].novel_and_good == 0
+
+
+def test_the_bank_holds_final_and_best_snapshots_of_the_best_training_runs(task, zoo):
+    bank = Bank.of(zoo, task, 10, 8, "cpu")
+    assert bank.weights.shape == (20, task.structure.size) and bank.wrong.shape == (8, 200)
+    assert (bank.runs >= 40).all()
+    first = bank.runs[:1]
+    assert torch.equal(bank.weights[:1], zoo.read(first, torch.tensor([5])))

@@ -1,0 +1,140 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from Gpt.errors import ZooError
+from Gpt.evaluation import prompting
+from Gpt.evaluation.prompting import Starts, Writer
+from Gpt.generator import Generator
+
+
+def test_prompt_range_runs_from_the_best_to_a_share_of_the_start():
+    wanted = prompting.prompt_range(0.5, torch.tensor([2.0, 4.0]), 3, 0.9)
+    torch.testing.assert_close(wanted, torch.tensor([[0.5, 1.15, 1.8], [0.5, 2.05, 3.6]]))
+    returns = prompting.prompt_range(500.0, torch.tensor([20.0]), 5, 1.0)
+    torch.testing.assert_close(returns, torch.tensor([[500.0, 380.0, 260.0, 140.0, 20.0]]))
+
+
+class Echo(Generator):
+    """Writes (start metric, wanted metric, seed) into the first weights."""
+
+    default_steps, needs_start = 1, True
+
+    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+        start = start.clone()
+        start[:, :2] = prompt["target_metric"]
+        start[:, 2] = seed % 1000
+        return start
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 100])
+def test_writer_keeps_starts_prompts_and_answers_together(max_batch):
+    starts = Starts("s", torch.arange(15.0).view(3, 5), torch.tensor([10.0, 20.0, 30.0]))
+    wanted = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]], [[5.0, 6.0]]])
+    written = Writer(Echo(), max_batch=max_batch)(starts, wanted, "noise")
+    assert written.shape == (3, 1, 2, 5)
+    assert torch.equal(written[..., 0], starts.metric[:, None, None].expand(3, 1, 2))
+    assert torch.equal(written[..., 1], wanted)
+    assert torch.equal(written[..., 3], starts.weights[:, None, None, 3].expand(3, 1, 2))
+    assert len(written[..., 2].unique()) == -(-6 // max_batch)
+    assert torch.equal(written, Writer(Echo(), max_batch=max_batch)(starts, wanted, "noise"))
+    assert not torch.equal(written, Writer(Echo(), max_batch=max_batch)(starts, wanted, "other noise"))
+
+
+def test_a_copying_generator_is_aligned_and_shuffled_prompts_are_not(copying, task, zoo):
+    starts = prompting.initial_networks(zoo, task, "test", 10, "cpu")
+    wanted = prompting.prompt_range(prompting.best_attained(zoo, task), starts.metric, 20, 0.9)
+    with prompting.evaluating(copying):
+        achieved = prompting.achieved_metric(Writer(copying), task, starts, wanted, 1, "a")
+        handed = prompting.shuffled(wanted, seed=0)
+        confused = prompting.achieved_metric(Writer(copying), task, starts, handed, 1, "a")
+    assert prompting.prompt_curve("a", wanted, achieved, 0).alignment.mean > 0.99
+    assert prompting.prompt_curve("b", wanted, confused, 0).alignment.mean < 0
+    assert torch.equal(handed.flatten().sort().values, wanted.flatten().sort().values)
+    assert prompting.select_prompt(achieved, minimize=True) == 0
+    assert prompting.select_prompt(achieved, minimize=False) == 19
+
+
+def test_several_samples_of_a_prompt_are_averaged(task, zoo):
+    starts = prompting.initial_networks(zoo, task, "test", 2, "cpu")
+
+    class Alternating(Generator):
+        default_steps, needs_start = 1, True
+
+        def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+            trained = zoo.read(torch.tensor([50]), torch.tensor([5]))
+            return torch.where(torch.arange(count)[:, None] % 2 == 0, trained, zoo.read(*torch.tensor([[60], [0]])))
+
+    achieved = prompting.achieved_metric(Writer(Alternating()), task, starts, torch.zeros(2, 3), 4, "a")
+    expected = (zoo.metrics["validation_loss"][50, 5] + zoo.metrics["validation_loss"][60, 0]) / 2
+    torch.testing.assert_close(achieved, expected.expand(2, 3))
+
+
+def test_recursion_asks_for_the_target_or_steps_towards_it(task, zoo):
+    starts = prompting.initial_networks(zoo, task, "test", 3, "cpu")
+    asked = []
+
+    class Listening(Generator):
+        default_steps, needs_start = 1, True
+
+        def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+            asked.append(prompt["target_metric"])
+            return zoo.read(torch.arange(3) + 50, torch.full((3,), len(asked)))
+
+    generations = prompting.recursive_updates(Writer(Listening()), task, starts, 0.2, 4, "stepped", "r")
+    assert len(generations) == 5 and torch.equal(generations[0].weights, starts.weights)
+    for update, prompt in enumerate(asked):
+        torch.testing.assert_close(prompt[:, 0], generations[update].metric)
+        torch.testing.assert_close(prompt[:, 1], starts.metric + (update + 1) / 4 * (0.2 - starts.metric))
+    asked.clear()
+    prompting.recursive_updates(Writer(Listening()), task, starts, 0.2, 2, "fixed", "r")
+    assert all((prompt[:, 1] == 0.2).all() for prompt in asked)
+
+
+def test_recursion_survives_a_broken_network(task, zoo):
+    class Breaking(Generator):
+        default_steps, needs_start = 1, True
+
+        def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+            assert prompt["target_metric"].isfinite().all()
+            return torch.full_like(start, torch.nan)
+
+    starts = prompting.initial_networks(zoo, task, "test", 3, "cpu")
+    generations = prompting.recursive_updates(Writer(Breaking()), task, starts, 0.2, 3, "fixed", "r")
+    assert generations[-1].weights.isnan().all()
+
+
+def test_unfamiliar_starts_are_scaled_or_normal_with_the_same_spread(task, zoo):
+    starts = prompting.initial_networks(zoo, task, "train", 80, "cpu")
+    halved, doubled, normal = prompting.unfamiliar_networks(starts, task, seed=0)
+    assert torch.equal(halved.weights * 4, doubled.weights) and torch.equal(doubled.weights, 2 * starts.weights)
+    weight = task.structure.tensors[0].slice
+    assert normal.weights[:, weight].std() == pytest.approx(starts.weights[:, weight].std().item(), rel=0.05)
+    assert normal.weights[:, weight].abs().max() > 1.5 * starts.weights[:, weight].abs().max()  # tails
+    assert not torch.equal(halved.metric, starts.metric)
+
+
+def test_initial_networks_carry_the_zoos_own_label(task, zoo):
+    starts = prompting.initial_networks(zoo, task, "validation", 7, "cpu")
+    rows = torch.arange(20, 27)
+    assert torch.equal(starts.weights, zoo.read(rows, torch.zeros(7, dtype=torch.long)))
+    assert torch.equal(starts.metric, zoo.metrics["validation_loss"][rows, 0])
+
+
+def test_best_attained_reads_finite_training_runs_only(task, zoo):
+    metric = zoo.metrics["validation_loss"]
+    assert prompting.best_attained(zoo, task) == metric[40:].min()
+    assert prompting.best_attained(zoo, replace(task, minimize=False)) == metric[40:].max()
+
+
+def test_a_missing_column_is_named(task, zoo):
+    with pytest.raises(ZooError, match="validation_return.*validation_loss"):
+        prompting.validation_metric(zoo, replace(task, metric="return"))
+
+
+def test_evaluating_restores_the_mode(idle):
+    idle.train()
+    with prompting.evaluating(idle):
+        assert not idle.training
+    assert idle.training

@@ -1,0 +1,252 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import install_import_hook
+from torch import nn
+from torch.func import functional_call
+
+with install_import_hook("data_gen.vision", "beartype.beartype"):
+    from data_gen import vision
+from data_gen.randomness import random_words, run_keys
+from Gpt.errors import ConfigError, DataError, TaskError
+from Gpt.networks import MLP, ConvNet
+from Gpt.recipes import SupervisedRecipe
+from Gpt.tasks import Task, classification_loss
+
+RECIPE = SupervisedRecipe(epochs=3, batch_size=8, learning_rate=0.05)
+
+
+def images(count, shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    return torch.randn(count, *shape, generator=generator) + labels.view(-1, *[1] * len(shape)), labels
+
+
+def task_of(constructor, shape=(6,), train=100, **fields):
+    sizes = {"train": train, "validation": 40, "test": 50}
+    sets = {name: images(size, shape, seed) for seed, (name, size) in enumerate(sizes.items())}
+    defaults = dict(
+        name="toy",
+        task_test_fn=classification_loss,
+        constructor=constructor,
+        data_fn=lambda: sets["test"],
+        validation_data_fn=lambda: sets["validation"],
+        train_data_fn=lambda: sets["train"],
+        minimize=True,
+        best_prompt=0.0,
+        recursive_prompt=0.0,
+        metric="loss",
+        batched=True,
+        recipe=RECIPE,
+    )
+    return Task(**defaults | fields)
+
+
+def mlp():
+    return MLP(6, 5, 3)
+
+
+class Normalized(nn.Module):
+    """Batch normalisation: running statistics, a counter, and parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.norm(self.fc1(x))))
+
+
+class Tied(nn.Module):
+    """Two names for one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.fc2.weight = self.fc1.weight
+
+    def forward(self, x):
+        return self.head(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+def small_conv():
+    return ConvNet(3)
+
+
+def train(task, run_ids=(0, 1, 2), snapshots=(0, 10, 30), recipe=RECIPE, **options):
+    return vision.train_supervised_population(task, recipe, list(run_ids), 0, list(snapshots), "cpu", **options)
+
+
+def train_one_by_torch_optim(task, recipe, run_id, steps, label_map=None):
+    """The same run by an ordinary training loop: nn.Module, autograd, torch.optim, LambdaLR."""
+    step = vision.TrainingStep(task, recipe, torch.device("cpu"))
+    state = step.initial_state([run_id], 0, label_map)
+    net = task.constructor()
+    net.load_state_dict(task.structure.state_dict(state["weights"][0]))
+    net.train()
+    options = dict(lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = {
+        "sgd": lambda p: torch.optim.SGD(p, momentum=recipe.momentum, nesterov=recipe.nesterov, **options),
+        "adam": lambda p: torch.optim.Adam(p, **options),
+        "adamw": lambda p: torch.optim.AdamW(p, **options),
+    }[recipe.optimizer](net.parameters())
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=step.iterations)
+    schedule = cosine if recipe.schedule == "cosine" else constant
+    for _ in range(steps):
+        inputs, labels = step.mini_batches(state)
+        optimizer.zero_grad()
+        F.cross_entropy(net(inputs[0]), labels[0]).backward()
+        optimizer.step()
+        schedule.step()
+        state["iteration"] += 1
+    return task.structure.flatten(net.state_dict()).detach()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(nesterov=False, schedule="constant"),
+        dict(momentum=0.0, nesterov=False, weight_decay=0.0),
+        dict(optimizer="adam", learning_rate=0.01, weight_decay=0.1),
+        dict(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
+    ],
+)
+def test_a_run_is_what_torch_optim_gives(changes):
+    task, recipe = task_of(mlp), dataclasses.replace(RECIPE, **changes)
+    weights, _ = train(task, [4, 9], [0, 30], recipe)
+    for row, run_id in enumerate([4, 9]):
+        expected = train_one_by_torch_optim(task, recipe, run_id, 30)
+        torch.testing.assert_close(weights[row, 1], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("constructor, shape", [(Normalized, (6,)), (Tied, (6,)), (small_conv, (3, 8, 8))])
+def test_any_constructor_trains_as_by_an_ordinary_loop(constructor, shape):
+    task = task_of(constructor, shape)
+    weights, _ = train(task, [1, 2], [0, 20])
+    torch.testing.assert_close(weights[1, 1], train_one_by_torch_optim(task, RECIPE, 2, 20), atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_does_not_depend_on_its_company():
+    task = task_of(small_conv, (3, 8, 8))
+    recipe = dataclasses.replace(RECIPE, augmentation="flip_crop")
+    together, metrics = train(task, range(6), recipe=recipe)
+    alone, alone_metrics = train(task, [4], recipe=recipe)
+    torch.testing.assert_close(alone[0], together[4], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone_metrics["test_loss"][0], metrics["test_loss"][4], atol=1e-4, rtol=1e-4)
+
+
+def test_runs_and_seeds_differ():
+    task = task_of(mlp)
+    weights, _ = train(task)
+    assert (weights[0] - weights[1]).abs().amax(-1).min() > 0.01
+    other = vision.train_supervised_population(task, RECIPE, [0], 1, [0, 1], "cpu")[0]
+    assert (other[0, 0] - weights[0, 0]).abs().max() > 0.01
+
+
+def test_an_epoch_shows_every_example_at_most_once_and_drops_the_remainder():
+    task = task_of(mlp, train=99)
+    step = vision.TrainingStep(task, RECIPE, torch.device("cpu"))
+    state = step.initial_state([0, 1], 0)
+    data = task.data("train")[0]
+    seen = []
+    for _ in range(99 // 8):
+        inputs, _ = step.mini_batches(state)
+        seen.append((inputs[:, :, None] == data).all(-1).float().argmax(-1))
+        state["iteration"] += 1
+    seen = torch.cat(seen, dim=1)
+    assert step.iterations == 3 * 12
+    assert all(len(torch.unique(row)) == 96 for row in seen)
+
+
+def test_metrics_are_those_of_the_test_function():
+    task = task_of(mlp, train=2100)
+    weights, metrics = train(task)
+    assert metrics["test_loss"].shape == (3, 3)
+    net = task.constructor().eval()
+    for split in ("validation", "test", "train"):
+        inputs, labels = (part[:2000] for part in task.data(split))
+        net.load_state_dict(task.structure.state_dict(weights[2, 1]))
+        loss, error = classification_loss(inputs, labels, net)
+        torch.testing.assert_close(metrics[f"{split}_loss"][2, 1], loss.detach())
+        torch.testing.assert_close(metrics[f"{split}_error"][2, 1], error)
+
+
+def test_measuring_in_pieces_changes_nothing(monkeypatch):
+    task = task_of(mlp)
+    weights = task.structure.flatten(mlp().state_dict()).detach() + 0.3 * torch.randn(
+        7, task.structure.size, generator=torch.Generator().manual_seed(0)
+    )
+    whole = vision.measure(task, weights)
+    monkeypatch.setattr(vision, "_piece", lambda *_: (3, 13))
+    for name, values in vision.measure(task, weights).items():
+        torch.testing.assert_close(values, whole[name])
+
+
+def test_a_task_with_its_own_test_function_gets_its_own_columns():
+    def margin(x, y, net):
+        return net(x).gather(1, y[:, None]).mean()
+
+    task = task_of(mlp, task_test_fn=margin, metric="metric", batched=False, minimize=False)
+    weights, metrics = train(task)
+    assert set(metrics) == {"train_loss", "train_error", "validation_metric", "test_metric"}
+    logits = functional_call(mlp(), task.structure.unflatten(weights[1, 2]), task.data("test")[0])
+    torch.testing.assert_close(metrics["test_metric"][1, 2], logits.gather(1, task.data("test")[1][:, None]).mean())
+
+
+def test_label_maps_train_and_measure_each_run_on_its_own_labels():
+    task = task_of(mlp, train=400)
+    label_map = torch.tensor([[0, 1, 2], [2, 0, 1]])
+    recipe = dataclasses.replace(RECIPE, epochs=6)
+    weights, metrics = train(task, [0, 1], [0, 300], recipe, label_map=label_map)
+    assert (metrics["test_error"][:, 1] < 25).all()
+    expected = train_one_by_torch_optim(task, recipe, 1, 300, label_map[1:])
+    torch.testing.assert_close(weights[1, 1], expected, atol=1e-4, rtol=1e-3)
+    exchanged = vision.measure(task, weights[:, 1], label_map.flip(0))
+    assert (exchanged["test_error"] > 75).all()
+
+
+def test_flip_crop_is_a_shifted_or_mirrored_copy_and_all_offsets_occur():
+    picture = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    padded = F.pad(picture, [4] * 4).permute(0, 2, 3, 1).contiguous()
+    words = random_words(run_keys(0, "augmentation", list(range(4))), 0, torch.arange(1000))
+    crops = vision.flip_crop(padded, torch.zeros_like(words), words)[:, :, 0].flatten(0, 1)
+    plane = F.pad(picture, [4] * 4)[0, 0]
+    windows = plane.unfold(0, 4, 1).unfold(1, 4, 1).flatten(0, 1)
+    known = torch.cat([windows, windows.flip(-1)])
+    matches = (crops[:, None] == known).all(-1).all(-1)
+    assert matches.any(1).all()
+    # Empty corner windows equal their mirror image; every other window must turn up by itself.
+    assert matches.any(0).all()
+
+
+def test_progress_counts_snapshots():
+    counts = []
+    train(task_of(mlp), progress=counts.append)
+    assert counts == [3, 3, 3]
+
+
+def test_global_random_state_is_untouched():
+    before = torch.get_rng_state()
+    train(task_of(mlp))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("field", ["optimizer", "schedule", "augmentation"])
+def test_unknown_recipe_values_are_named(field):
+    with pytest.raises(ConfigError, match=f"{field} is 'lion'"):
+        train(task_of(mlp), recipe=dataclasses.replace(RECIPE, **{field: "lion"}))
+
+
+def test_unusable_data_and_networks_are_named():
+    with pytest.raises(DataError, match="5 examples, fewer than one mini-batch of 8"):
+        train(task_of(mlp, train=5))
+    with pytest.raises(TaskError, match="train_data_fn to return"):
+        train(task_of(mlp, train_data_fn=lambda: (torch.zeros(3),)))
+    with pytest.raises(TaskError, match="needs images"):
+        train(task_of(mlp), recipe=dataclasses.replace(RECIPE, augmentation="flip_crop"))
+    with pytest.raises(TaskError, match="dropout 0"):
+        train(task_of(lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))))
