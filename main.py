@@ -22,17 +22,14 @@ import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from data_gen.collect import collect
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.conditions import Conditions, prompt_features
-from Gpt.config import RunConfig, nearest
+from Gpt.config import RunConfig, checked, nearest
 from Gpt.data import sources
 from Gpt.data.batches import BatchSampler
-from Gpt.data.importers import import_checkpoints
 from Gpt.data.zoo import Zoo, scales
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.errors import CheckpointError, ConfigError, UserError
@@ -99,6 +96,8 @@ class Experiment:
         settings, task = self.config.zoo, self.task
         if task.checkpoints:
             if not self.zoo_folder.exists():
+                from Gpt.data.importers import import_checkpoints
+
                 import_checkpoints(task.checkpoints, self.zoo_folder, task)
         elif task.recipe or not self.zoo_folder.exists():
             collect(
@@ -131,7 +130,7 @@ class Experiment:
         if name not in GENERATORS:
             raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), list(GENERATORS))}")
         config_class, build = GENERATORS[name]
-        config = _typed(config_class, settings, "generator")
+        config = checked(config_class, settings, "generator.")
         width = getattr(config, "width", 1)
         features = prompt_features(self.config.condition.names)
         with torch.random.fork_rng(devices=[]):
@@ -323,26 +322,7 @@ def typed_config(composed: DictConfig) -> RunConfig:
     Raises:
         ConfigError: a key is misspelt or a value is of the wrong type; names the key and the nearest right one.
     """
-    return _typed(RunConfig, OmegaConf.to_container(composed, resolve=True), "")
-
-
-def _typed(schema: type, values: Any, where: str) -> Any:
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except ConfigKeyError as error:
-        parent, _, key = str(error.full_key or "").rpartition(".")
-        known = [f.name for f in dataclasses.fields(_schema_at(schema, parent))]
-        full = ".".join(filter(None, (where, parent, key)))
-        raise ConfigError(f"configuration: there is no key {full!r}; {nearest(key, known)}") from error
-    except OmegaConfBaseException as error:
-        full = ".".join(filter(None, (where, str(error.full_key or ""))))
-        raise ConfigError(f"configuration: {full!r}: {str(error).splitlines()[0]}") from error
-
-
-def _schema_at(schema: type, path: str) -> Any:
-    for part in filter(None, path.split(".")):
-        schema = next(f.type for f in dataclasses.fields(schema) if f.name == part)  # type: ignore[assignment]
-    return schema
+    return checked(RunConfig, OmegaConf.to_container(composed, resolve=True))
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -360,9 +340,9 @@ def check_arguments(arguments: list[str]) -> None:
         keys = override.key_or_group.split(".")
         schema: Any = RunConfig
         for depth, key in enumerate(keys):
-            if keys[0] == "hydra" or not dataclasses.is_dataclass(schema):
+            if keys[0] == "hydra" or not (dataclasses.is_dataclass(schema) or keys[:depth] == ["generator"]):
                 break
-            known = {f.name: f.type for f in dataclasses.fields(schema)}
+            known = {f.name: f.type for c in _possible(schema) for f in dataclasses.fields(c)}
             if key not in known:
                 raise ConfigError(f"configuration: there is no key {'.'.join(keys[: depth + 1])!r}; {nearest(key, list(known))}")
             schema = known[key]
@@ -372,6 +352,11 @@ def check_arguments(arguments: list[str]) -> None:
             raise ConfigError(f"{override.key_or_group}={override.value()}: no such option; {nearest(str(override.value()), options)}")
 
 
+def _possible(schema: Any) -> list[type]:
+    """Dataclasses whose keys may stand at one place of the configuration: any generator's under `generator`."""
+    return [schema] if dataclasses.is_dataclass(schema) else [config for config, _ in GENERATORS.values()]
+
+
 def help_text() -> str:
     """Every configuration and every group option with the first comment line of its file."""
 
@@ -379,7 +364,7 @@ def help_text() -> str:
         return f"  {file.stem:24s} {file.read_text().splitlines()[0].lstrip('# ')}"
 
     parts = [(__doc__ or "").strip(), "", "Configurations (--config-name NAME):"]
-    parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml"))]
+    parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml")) if file.stem != "base"]
     for group in sorted(p for p in CONFIGS.iterdir() if p.is_dir() and p.name != "__pycache__"):
         parts += ["", f"{group.name}=OPTION:", *(line(file) for file in sorted(group.glob("*.yaml")))]
     parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512; docs/configuration.md lists them."]

@@ -3,9 +3,12 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from Gpt.data.batches import BatchConfig
+from Gpt.errors import ConfigError
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.report.logger import LoggerConfig
 from Gpt.training import TrainerConfig
@@ -130,6 +133,36 @@ class RunConfig:
         for key in ("path", "shard_runs", "population", "storage"):
             del settings["zoo"][key]
         return settings
+
+
+Schema = TypeVar("Schema")
+
+
+def checked(schema: type[Schema], values: dict[str, Any], where: str = "") -> Schema:
+    """Nested dicts as instances of a dataclass, with every key and type checked.
+
+    Args:
+        where: prefix of the keys in error messages, such as "generator.".
+
+    Raises:
+        ConfigError: a key is unknown (names the nearest right one) or a value is of the wrong type.
+    """
+    _check_keys(schema, values, where)
+    try:
+        return TypeAdapter(schema).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = where + ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"configuration: {key}={first['input']!r}: {first['msg']}") from error
+
+
+def _check_keys(schema: type, values: dict[str, Any], where: str) -> None:
+    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"configuration: there is no key {where + key!r}; {nearest(key, list(known))}")
+        if dataclasses.is_dataclass(known[key]) and isinstance(value, dict):
+            _check_keys(known[key], value, f"{where}{key}.")
 
 
 def nearest(key: str, known: list[str]) -> str:

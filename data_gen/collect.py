@@ -19,7 +19,7 @@ from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards
 from Gpt.data.shards import Manifest
 from Gpt.errors import ConfigError, TaskError
-from Gpt.recipes import PpoRecipe, SupervisedRecipe
+from Gpt.recipes import PpoRecipe, Recipe, SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
 
@@ -59,14 +59,17 @@ def total_iterations(task: Task) -> int:
     Raises:
         TaskError: the task has no recipe.
     """
-    if isinstance(task.recipe, SupervisedRecipe):
-        return iterations_of(task, task.recipe)
-    if isinstance(task.recipe, PpoRecipe):
-        return task.recipe.iterations
-    raise TaskError(
-        f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and "
-        "train_data_fn), or import checkpoints"
-    )
+    recipe = _recipe(task)
+    return recipe.iterations if isinstance(recipe, PpoRecipe) else iterations_of(task, recipe)
+
+
+def _recipe(task: Task) -> Recipe:
+    if task.recipe is None:
+        raise TaskError(
+            f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and "
+            "train_data_fn), or import checkpoints"
+        )
+    return task.recipe
 
 
 def train_population(
@@ -83,11 +86,10 @@ def train_population(
     Returns:
         float32 weights on `device` and the metric columns.
     """
-    if isinstance(task.recipe, SupervisedRecipe):
-        return train_supervised_population(
-            task, task.recipe, run_ids, seed, snapshot_iterations, device, progress=progress
-        )
-    weights, metrics = train_ppo_population(task.recipe, run_ids, seed, snapshot_iterations, torch.device(device))
+    recipe = _recipe(task)
+    if isinstance(recipe, SupervisedRecipe):
+        return train_supervised_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
+    weights, metrics = train_ppo_population(recipe, run_ids, seed, snapshot_iterations, torch.device(device))
     if progress:
         progress(len(run_ids) * len(snapshot_iterations))
     return weights, metrics
@@ -128,7 +130,7 @@ def collect(
     manifest = Manifest.of(
         task.zoo_name,
         task.structure,
-        task.recipe,
+        _recipe(task),
         seed=seed,
         iterations=iterations,
         dtype=dtype,
@@ -153,21 +155,15 @@ def _collect_shard(
     folder: Path, manifest: Manifest, index: int, run_ids: list[int], train: Callable, bar: tqdm
 ) -> bool:
     """Make one shard unless it is finished; False when another worker is at it."""
-    if not _finished(folder, index, run_ids):
+    if not shards.covers(folder, index, run_ids[-1]):
         with claim(folder, index) as claimed:
             if not claimed:
                 return False
-            if not _finished(folder, index, run_ids):
+            if not shards.covers(folder, index, run_ids[-1]):
                 shards.write_shard(folder, manifest, index, run_ids, *train(run_ids))
                 return True
     bar.update(len(run_ids) * len(manifest.iterations))
     return True
-
-
-def _finished(folder: Path, index: int, run_ids: list[int]) -> bool:
-    """Whether a shard is stored and covers the runs; a zoo that grew has a last shard that does not."""
-    shard = shards.read_shard(folder, index)
-    return shard is not None and shard.runs[1] > run_ids[-1]
 
 
 def _train_shard(

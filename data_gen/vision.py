@@ -309,7 +309,7 @@ def measure(
     task: Task, weights: Float[Tensor, "P D"], label_map: Int[Tensor, "P classes"] | None = None
 ) -> dict[str, Float[Tensor, " P"]]:
     """The zoo's columns for P networks, see `train_supervised_population`."""
-    columns = {}
+    columns: dict[str, Tensor] = {}
     for split in ("train", "validation", "test"):
         own_test = task.task_test_fn not in (classification_loss, classification_error)
         if own_test and split != "train":

@@ -17,12 +17,14 @@ from rpg.backbones import build_backbone
 from rpg.tokens import Layout, PositionCode
 
 TIME_OCTAVES = 8
+_BOTH_WAYS = {"transformer": {"causal": False}, "none": {}}
 
 
 class Prototypes(nn.Module):
     """What each place should hold, given the request: `[B, width] -> [B, P, width]`.
 
-    Neighbouring sinusoids are nearly parallel; the token table, of rank `rank`, gives every place a direction of its own.
+    Neighbouring sinusoids are nearly parallel; the token table, of rank `rank`, gives every place a direction of its
+    own. The sequence model reads both ways, so that early layers know of late ones.
     """
 
     def __init__(self, layout: Layout, position: str, width: int, rank: int, backbone: str, depth: int):
@@ -31,8 +33,8 @@ class Prototypes(nn.Module):
         self.position = PositionCode(position, layout.coordinates, width)
         self.table = nn.Parameter(torch.randn(places, rank))
         self.directions = nn.Parameter(torch.randn(rank, width) * rank**-0.5)
-        mirrored = {"causal": False} if backbone == "transformer" else {"bidirectional": backbone != "none"}
-        self.backbone = build_backbone(backbone, width, depth=depth, **mirrored)
+        both_ways = _BOTH_WAYS.get(backbone, {"bidirectional": True})
+        self.backbone = build_backbone(backbone, width, depth=depth, **both_ways)
 
     def forward(self, request: Float[Tensor, "B width"]) -> Float[Tensor, "B P width"]:
         places = self.position() + self.table @ self.directions
@@ -42,8 +44,9 @@ class Prototypes(nn.Module):
 class Denoiser(nn.Module):
     """(noised latents, prototypes, request, noise level) -> estimate of the latents `[B, D]`.
 
-    A transformer over all tokens of a network (Peebles & Xie 2023, adaLN-zero), wrapped in the preconditioning of Karras
-    et al. 2022, table 1, for unit-variance data. The heads start at zero: an untrained denoiser is the best linear one.
+    A transformer over all tokens of a network (adaLN-zero, Peebles & Xie 2023), wrapped in the preconditioning of
+    Karras et al. 2022, table 1, for unit-variance data. The heads start at zero: an untrained denoiser is the best one
+    that looks at each number alone.
     """
 
     def __init__(self, layout: Layout, width: int, depth: int, heads: int):
@@ -68,7 +71,7 @@ class Denoiser(nn.Module):
         alpha: Float[Tensor, " B"],
         sigma: Float[Tensor, " B"],
     ) -> Float[Tensor, "B D"]:
-        """`anchor` is the mean checkpoint that latents are deviations from; alpha and sigma are the scales of the path."""
+        """`anchor`: the mean checkpoint, which latents are deviations from; alpha, sigma: the scales of the path."""
         alpha, sigma = alpha[:, None], sigma[:, None]
         unit = (alpha.square() + sigma.square()).rsqrt()
         x = self._embed(self.embed, z_t * unit) + self._embed(self.embed_anchor, anchor[None])

@@ -1,14 +1,15 @@
 """RPG, the generator of whole networks from noise: our default (`Rpg`); the published one is in `rpg.paper`.
 
-Recurrent parameter generation (Wang et al. 2025, arXiv 2501.11587) lets a sequence model write one prototype per token and
-denoises every token by itself, given its prototype. Kept here: tokens of a complete state_dict, positions, prototypes,
-run identities. Different, and why:
+Recurrent parameter generation (Wang et al. 2025, arXiv 2501.11587) lets a sequence model write one prototype per token
+and denoises every token by itself, given its prototype. Kept here: tokens of a complete state_dict, positions,
+prototypes, run identities. Different, and why:
 
-    the sequence model is small and reads positions through a low-rank table     its input never depends on the data
-    latents are deviations from the mean checkpoint, in units of their spread    what all networks share is not learned
-    tokens meet while they are denoised, in a transformer with adaLN             weights of one network depend on each other
-    x0-prediction on the straight path, 10 to 20 steps                           instead of 1,000
-    the request reaches every token and has a null value                         guidance
+    a small sequence model that reads both ways        its input never depends on the data, and it took most of the time
+    a low-rank table beside the sinusoids              neighbouring places are hard to tell apart by sinusoids alone
+    latents are deviations from the mean checkpoint    what all networks share need not be learned
+    tokens meet in a transformer as they are denoised  the weights of one network depend on each other
+    x0-prediction on the straight path                 20 steps instead of 1,000
+    the request reaches every token, and can be null   the published one reaches the head; guidance
 """
 
 from collections.abc import Callable
@@ -40,8 +41,8 @@ class RpgConfig:
         position: code of a token's place: layer_chunk, index or learned.
         width, depth, heads: of the denoiser, a transformer; prototypes have the same width.
         backbone, backbone_depth, rank: the sequence model that writes prototypes, and the rank of its token table.
-        identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt names
-            as "identity", Int `[B]`; 0 for networks that share one basin, or tokens that do not mind.
+        identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt
+            names as "identity", Int `[B]`; 0 for networks that share one basin, or tokens that do not mind.
         sampler, steps: default sampling.
         weights_per_pass: how many weights are denoised at once; bounds the memory of sampling.
     """
@@ -75,12 +76,11 @@ class Rpg(Generator):
     """
 
     needs_start = False
-    augment = False
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgConfig):
         super().__init__()
         if objective.prediction != "x0":
-            raise ConfigError(f"the RPG generator predicts x0; objective.prediction={objective.prediction} does not fit")
+            raise ConfigError(f"this generator predicts x0; objective.prediction={objective.prediction} does not fit")
         if config.width % config.heads:
             raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
         self.structure, self.config, self.objective, self.conditions = structure, config, objective, conditions
@@ -93,9 +93,12 @@ class Rpg(Generator):
         self.denoiser = Denoiser(layout, config.width, config.depth, config.heads)
         self.identities = nn.Embedding(config.identities, config.width) if config.identities else None
 
-    def fit(self, weights: Float[Tensor, "n D"]) -> None:
-        """Read the mean checkpoint and the spreads off training networks; call once, before training."""
-        self.latents.fit(weights)
+    def fit(self, batch: Batch) -> None:
+        self.latents.fit(batch.target)
+        self.conditions.fit(split_identity(batch.prompt)[0])
+
+    def compile_networks(self) -> None:
+        self.denoiser.compile()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Squared error of the denoised latents; every weight that varies counts alike.
@@ -117,7 +120,7 @@ class Rpg(Generator):
     def sample(
         self,
         prompt: Prompt,
-        start: None = None,
+        start: Float[Tensor, "B D"] | None = None,
         *,
         count: int | None = None,
         steps: int | None = None,
@@ -127,8 +130,8 @@ class Rpg(Generator):
     ) -> Float[Tensor, "B D"]:
         """Write networks; see `Generator.sample`. Without an identity in the prompt, each network draws one.
 
-        Networks are written `config.weights_per_pass` weights at a time, which changes nothing but the memory taken, unless
-        the sampler is stochastic: its draws follow the passes.
+        Networks are written `config.weights_per_pass` weights at a time, which changes nothing but the memory taken,
+        unless the sampler is stochastic: its draws follow the passes.
         """
         device = self.latents.center.device
         count = network_count(prompt, start, count, noise)
@@ -138,13 +141,14 @@ class Rpg(Generator):
         conditions, identity = split_identity(prompt)
         if self.identities is not None and identity is None:
             identity = torch.randint(self.config.identities, (count,), generator=rng, device=device)
+        sampler, steps = SAMPLERS[self.config.sampler], steps or self.default_steps
+        networks_per_pass = max(1, self.config.weights_per_pass // self.structure.size)
         written = []
-        for rows in torch.arange(count, device=device).split(max(1, self.config.weights_per_pass // self.structure.size)):
+        for rows in torch.arange(count, device=device).split(networks_per_pass):
             part = {name: value[rows] for name, value in conditions.items()}
             who = None if identity is None else identity[rows]
             denoise = self._guided(part, who, len(rows), guidance)
-            latents = SAMPLERS[self.config.sampler](denoise, self.objective, noise[rows], steps or self.default_steps, rng)
-            written.append(self.latents.decode(latents))
+            written.append(self.latents.decode(sampler(denoise, self.objective, noise[rows], steps, rng)))
         return torch.cat(written)
 
     def _guided(self, prompt: Prompt, identity: Tensor | None, count: int, guidance: float) -> Callable:
@@ -162,7 +166,7 @@ class Rpg(Generator):
         keep: Bool[Tensor, "conditions B"] | None = None,
     ) -> Float[Tensor, "B width"]:
         """What is asked for, as one vector: the conditions that `keep` leaves, and whose network it should resemble."""
-        request = self.conditions(prompt, count, keep).to(self.latents.center.device)
+        request = self.conditions(prompt, count, keep)
         return request if self.identities is None else request + self.identities(identity)
 
     def _network(self, request: Float[Tensor, "B width"]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -192,7 +196,7 @@ def network_count(prompt: Prompt, start: Tensor | None, count: int | None, noise
     lengths |= {} if count is None else {"count": count}
     lengths |= {} if noise is None else {"noise": len(noise)}
     if not lengths:
-        raise ConfigError("sampling needs to know how many networks to write: give `count`, or a prompt with one row each")
+        raise ConfigError("sampling must know how many networks to write: give `count`, or a prompt with one row each")
     if len(set(lengths.values())) > 1:
         raise ConfigError(f"sampling is asked for different numbers of networks: {lengths}")
     return next(iter(lengths.values()))

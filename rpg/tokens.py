@@ -1,4 +1,4 @@
-"""A complete state_dict as tokens: where it is cut, in which units its numbers are, and how a token says where it stands.
+"""A complete state_dict as tokens: where it is cut, in which units its numbers are, where each token says it stands.
 
     weights [D]  <-Latents->  latents [D], unit variance  <-a cut->  tokens [T, K] and a mask of what is padding
 
@@ -48,7 +48,7 @@ def token_sizes(structure: Structure, policy: str, token_size: int) -> list[int]
 
 
 def cut(structure: Structure, policy: str, token_size: int) -> Tokenization:
-    """`encode` flat rows `[B, D]` to tokens `[B, T, K]` and `decode` them, exactly; `mask [T, K]` is False in the padding.
+    """`encode` flat rows `[B, D]` to tokens `[B, T, K]`, and back, exactly; `mask [T, K]` is False in the padding.
 
     Raises:
         ConfigError: see `token_sizes`.
@@ -57,7 +57,7 @@ def cut(structure: Structure, policy: str, token_size: int) -> Tokenization:
 
 
 def token_coordinates(structure: Structure, sizes: Sequence[int]) -> Int[Tensor, "T 2"]:
-    """(layer, chunk) of each token of a cut: the tensor its first entry lies in, and how many tokens began there before."""
+    """(layer, chunk) of each token of a cut: the tensor it begins in, and how many tokens began there before."""
     offsets = [spec.offset for spec in structure.tensors]
     layers = [bisect_right(offsets, start) - 1 for start in accumulate(sizes[:-1], initial=0)]
     chunks, seen = [], dict.fromkeys(layers, 0)
@@ -72,8 +72,8 @@ class Layout(nn.Module):
 
     Attributes:
         shapes: `(tokens, entries)` of each block. A cut has one block; neuron tokens have one per hidden layer.
-        coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: the hidden units of
-            a network with one hidden layer stand nowhere in particular.
+        coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: the hidden units
+            of a network with one hidden layer stand nowhere in particular.
         place: Int `[T]`, the place of each token.
 
     Raises:
@@ -112,8 +112,8 @@ class Layout(nn.Module):
 class PositionCode(nn.Module):
     """A vector `[P, width]` for each (layer, chunk).
 
-    "layer_chunk" gives the first half of the width to sinusoids of the chunk and the second to those of the layer; "index"
-    numbers the places through; "learned" starts as "layer_chunk" and is trained.
+    "layer_chunk" gives the first half of the width to sinusoids of the chunk and the second to those of the layer;
+    "index" numbers the places through; "learned" starts as "layer_chunk" and is trained.
 
     Raises:
         ConfigError: there is no such code, or the width does not divide into its sines and cosines.
@@ -149,9 +149,9 @@ def sinusoids(position: Int[Tensor, " n"] | Float[Tensor, " n"], width: int) -> 
 class Latents(nn.Module):
     """Weights `[B, D]` <-> latents of unit variance around a centre: (u - center) / spread.
 
-    u is the weight itself, or log(v / m + 0.05) for a running variance v in a layer of mean variance m / 0.95. Spreads are
-    per tensor. What never varies among the training networks is not generated: it has spread 0, latent 0, and is written
-    as it was, to the bit.
+    u is the weight itself, or log(v / m + 0.05) for a running variance v in a layer of mean variance m / 0.95. Spreads
+    are per tensor. What never varies among the training networks is not generated: it has spread 0, latent 0, and is
+    written as it was, to the bit.
 
     Args:
         residual: the centre is the mean checkpoint, so that only what tells networks apart remains; otherwise it is one

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
         ZooError: the folder holds a zoo with another manifest; names the first key that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary = _temporary(folder / MANIFEST)
     _write_synchronised(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
     try:
         os.link(temporary, folder / MANIFEST)  # unlike rename, fails where the file already exists
@@ -168,13 +169,18 @@ def write_shard(
     run_ids: list[int],
     weights: Float[Tensor, "runs snapshots D"],
     metrics: Mapping[str, Float[Tensor, "runs snapshots"]],
+    missing: Mapping[int, str] | None = None,
 ) -> Shard:
     """Write the runs of one shard, less those with non-finite or exploded weights.
+
+    Args:
+        missing: runs of this shard that could not be made, `{run id: why}`; they count as dropped.
 
     Raises:
         ZooError: the disk is full; says how much room the shard needs.
     """
-    dropped = _bad_runs(run_ids, weights, manifest.max_weight)
+    dropped = {**(missing or {}), **_bad_runs(run_ids, weights, manifest.max_weight)}
+    covered = sorted({*run_ids, *dropped})
     kept = torch.tensor([i for i, run in enumerate(run_ids) if run not in dropped], dtype=torch.long)
     rows = weights.to(manifest.torch_dtype)[kept.to(weights.device)].cpu()
     columns = {name: values[kept.to(values.device)].float().cpu().contiguous() for name, values in metrics.items()}
@@ -185,7 +191,7 @@ def write_shard(
             "weights": _write_atomically(files["weights"], _safetensors("weights", rows)),
             "metrics": _write_atomically(files["metrics"], [safetensors.torch.save(columns)]),
         }
-        shard = Shard((run_ids[0], run_ids[-1] + 1), [run_ids[i] for i in kept.tolist()], dropped, sums)
+        shard = Shard((covered[0], covered[-1] + 1), [run_ids[i] for i in kept.tolist()], dropped, sums)
         _write_atomically(files["index"], [json.dumps(dataclasses.asdict(shard)).encode()])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -198,11 +204,18 @@ def write_shard(
     return shard
 
 
-def read_shard(folder: Path, index: int) -> Shard | None:
-    """The index of one shard, or None while it is not finished."""
+def covers(folder: Path, index: int, run: int) -> bool:
+    """Whether a shard is finished and goes up to a run; a zoo that grew has a last shard that does not."""
+    return shard_files(folder, index)["index"].is_file() and read_shard(folder, index).runs[1] > run
+
+
+def read_shard(folder: Path, index: int) -> Shard:
+    """The index of one finished shard.
+
+    Raises:
+        ZooError: the file is damaged.
+    """
     file = shard_files(folder, index)["index"]
-    if not file.is_file():
-        return None
     fields = _read_json(file)
     try:
         dropped = {int(run): reason for run, reason in fields["dropped"].items()}
@@ -261,7 +274,7 @@ def _remedy(folder: Path, index: int) -> str:
 
 
 def _bad_runs(run_ids: list[int], weights: Tensor, max_weight: float) -> dict[int, str]:
-    largest = weights.abs().amax((1, 2)).tolist()  # NaN if any weight is NaN
+    largest = weights.abs().flatten(1).amax(1).tolist() if run_ids else []  # NaN if any weight is NaN
     bad = {}
     for run, value in zip(run_ids, largest, strict=True):
         if not value < float("inf"):
@@ -292,12 +305,17 @@ def _safetensors_header(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -
 
 def _safetensors(name: str, tensor: Tensor) -> Iterable[bytes | memoryview]:
     yield _safetensors_header(name, tensor.dtype, tuple(tensor.shape))
-    yield memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _temporary(file: Path) -> Path:
+    """A name that no other worker uses, be it a thread, a process or a process on another host."""
+    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
 
 
 def _write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write under a temporary name, synchronise, rename. Returns size and SHA-256."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = _temporary(file)
     try:
         description = _write_synchronised(temporary, parts)
         os.replace(temporary, file)

@@ -93,8 +93,8 @@ class Zoo:
             weights: _Weights = _Disk(folder, manifest, opened)
         else:
             weights = _load(folder, manifest, opened, device if where == "gpu" else torch.device("cpu"))
-        columns = [shards.read_metrics(folder, shard.index) for shard in opened]
-        metrics = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+        columns = [shards.read_metrics(folder, shard.index) for shard in opened if shard.run_ids]
+        metrics = {name: torch.cat([c[name] for c in columns]) for name in (columns[0] if columns else ())}
         dropped = {run: reason for shard in opened for run, reason in shard.dropped.items()}
         return cls(
             weights, structure, run_ids, manifest.iterations, metrics, device, test_runs, validation_runs, manifest,

@@ -61,7 +61,7 @@ class EvaluationConfig:
     recursive_steps: int = 5
     optimiser_steps: int = 200
     learning_rates: int = 21
-    tuning_networks: int = 16
+    tuning_networks: int = 8
     soup: int = 16
     noise_scales: tuple[float, ...] = (0.05, 0.1, 0.2)
     steps: int | None = None

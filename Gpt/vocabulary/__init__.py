@@ -30,7 +30,7 @@ CLASSES = {
 }
 """Class names in label order; "digits" serves MNIST as well."""
 
-NOUNS = ("things", "objects", "items", "classes", "categories", "pictures of things", "ones", "stuff")
+NOUNS = ("things", "objects", "items", "classes", "categories", "pictures of things", "stuff")
 
 WORDINGS = (
     "all {}", "only {}", "select {}", "select all {}", "find {}", "find all {}", "find every picture of {}", "pictures of {}",

@@ -56,7 +56,7 @@ def test_queries_follow_the_power_law_of_gaps(mqar):
 
 
 def test_a_lookup_solves_the_task(mqar):
-    assert mqar.evaluate(mqar.Setting(), Lookup()) == 1
+    assert mqar.evaluate(mqar.Setting(), Lookup(), "test") == 1
 
 
 def test_sequences_are_a_function_of_the_seed(mqar):
@@ -75,8 +75,8 @@ def test_hgrn2_grows_its_state_at_equal_parameters(mqar):
 
 
 def test_runs_to_its_figure_and_table(mqar, tmp_path):
-    small = "--vocabulary 16 --length 8 --pairs 2 --width 16 --batch 8 --steps 2 --test-sequences 20".split()
-    results = mqar.main([*small, "--output", str(tmp_path)])
+    small = "--vocabulary 16 --length 8 --pairs 2 --width 16 --batch 8 --steps 2 --test-sequences 20"
+    results = mqar.main([*small.split(), "--output", str(tmp_path)])
     assert len(results) == len(mqar.contenders(mqar.Setting(width=16)))
     assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "mqar.md").read_text()
@@ -84,12 +84,23 @@ def test_runs_to_its_figure_and_table(mqar, tmp_path):
 
 
 def test_attention_recalls_where_guessing_scores_half(mqar):
-    setting = mqar.Setting(
-        vocabulary=16, length=8, pairs=2, width=16, depth=2, batch=64, steps=500, learning_rate=1e-2, solved=0.9
-    )
+    setting = mqar.Setting(vocabulary=16, length=8, pairs=2, width=16, batch=64, steps=500, solved=0.9)
     attention = next(c for c in mqar.contenders(setting) if c.backbone == "transformer")
-    *_, (_, accuracy) = mqar.train(setting, mqar.build_model(setting, attention))
-    assert accuracy > 0.75
+    assert mqar.run(setting, attention, learning_rate=1e-2).accuracy > 0.75
+
+
+def test_the_best_learning_rate_is_kept_and_a_solved_task_ends_the_sweep(mqar, monkeypatch):
+    reached = {1.0: 0.3, 2.0: 0.6, 3.0: 0.5}
+
+    def run(setting, contender, learning_rate):
+        return mqar.Result(contender, learning_rate, 0, [(1, reached[learning_rate])], 0.0, 0.0)
+
+    monkeypatch.setattr(mqar, "run", run)
+    contender = mqar.Contender("any", "hgrn2", {}, 0)
+    (best,) = mqar.compare(mqar.Setting(learning_rates=(1.0, 2.0, 3.0)), [contender])
+    assert best.learning_rate == 2.0
+    (first,) = mqar.compare(mqar.Setting(learning_rates=(1.0, 2.0), solved=0.3), [contender])
+    assert first.learning_rate == 1.0
 
 
 @pytest.mark.parametrize(("options", "message"), [({"pairs": 5}, "length 20"), ({"vocabulary": 8}, "above 8")])

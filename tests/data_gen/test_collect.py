@@ -54,7 +54,9 @@ def gather(task, folder, runs=7, **options):
 
 
 @pytest.mark.parametrize("spacing", ["log", "uniform"])
-@pytest.mark.parametrize("iterations, snapshots", [(1, 2), (5, 6), (12, 12), (1360, 2), (1360, 3), (1360, 32), (11700, 200)])
+@pytest.mark.parametrize(
+    "iterations, snapshots", [(1, 2), (5, 6), (12, 12), (1360, 2), (1360, 3), (1360, 32), (11700, 200)]
+)
 def test_schedules_are_increasing_and_hold_both_ends(spacing, iterations, snapshots):
     schedule = snapshot_schedule(iterations, snapshots, spacing, 0)
     assert len(schedule) == snapshots
@@ -157,7 +159,7 @@ def test_two_workers_share_the_work(task, tmp_path, monkeypatch):
     def train(task, run_ids, *args, **options):
         if len(trained) < 2:
             trained.append(run_ids[0])
-            barrier.wait(60)  # both workers are at work at the same time
+            barrier.wait(30)  # both workers are at work at the same time
         else:
             trained.append(run_ids[0])
         return original(task, run_ids, *args, **options)
@@ -214,8 +216,8 @@ def test_a_lock_that_may_be_held_is_respected(tmp_path, changes):
 
 
 def test_reinforcement_learning_recipes_are_dispatched(tmp_path):
-    entry = TASK_METADATA["cartpole"] | {"recipe": PpoRecipe(iterations=2, environments=4, horizon=4, evaluation_episodes=2)}
-    task = Task(name="cartpole", **entry)
+    recipe = PpoRecipe(iterations=2, environments=4, horizon=4, evaluation_episodes=2)
+    task = Task(name="cartpole", **TASK_METADATA["cartpole"] | {"recipe": recipe})
     assert total_iterations(task) == 2
     zoo = gather(task, tmp_path, runs=3, snapshots=3)
     assert set(zoo.metrics) == {"validation_return", "test_return"}

@@ -38,6 +38,18 @@ def test_permutations_look_uniform(length):
     assert stats.chisquare(torch.bincount(steps, minlength=length)[1:]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("length", [97, 1097])
+def test_permutations_have_as_many_ascents_and_as_much_trend_as_random_ones(length):
+    order = whole_epoch(run_keys(3, "batches", list(range(1000))), 2, length).double()
+    ascents = (order.diff(dim=1) > 0).double().sum(1)
+    # Eulerian distribution: mean (n - 1) / 2, variance (n + 1) / 12.
+    assert stats.kstest((ascents - (length - 1) / 2) / ((length + 1) / 12) ** 0.5, "norm").pvalue > 1e-4
+    assert abs(12 * ascents.var() / (length + 1) - 1) < 0.2
+    place = torch.arange(length).double()
+    trend = torch.stack([torch.corrcoef(torch.stack([row, place]))[0, 1] for row in order])
+    assert stats.kstest(trend * (length - 1) ** 0.5, "norm").pvalue > 1e-3
+
+
 def test_all_orders_of_four_are_equally_likely():
     order = whole_epoch(run_keys(2, "batches", list(range(24000))), 0, 4)
     counts = torch.unique(order, dim=0, return_counts=True)[1]
