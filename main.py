@@ -25,11 +25,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from data_gen.collect import collect
-from Gpt.checkpoint import CheckpointFolder
+from Gpt.checkpoint import CheckpointFolder, write_json
 from Gpt.conditions import Conditions, prompt_features
 from Gpt.config import RunConfig, checked, nearest
 from Gpt.data import sources
 from Gpt.data.batches import BatchSampler
+from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.zoo import Zoo, scales
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.errors import CheckpointError, ConfigError, UserError
@@ -37,9 +38,11 @@ from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.results import Results
 from Gpt.generator import Generator
 from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.models.paper_generator import PaperConfig, PaperGpt
+from Gpt.models.upstream import resolve_checkpoint
 from Gpt.report.figures import save_figures
 from Gpt.report.html import write_report
-from Gpt.report.logger import open_loggers
+from Gpt.report.logger import Loggers, open_loggers
 from Gpt.report.text import print_table
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task, get_task, load_task_modules
@@ -48,7 +51,10 @@ from Gpt.training import train
 CONFIGS = Path(__file__).parent / "configs"
 FIT_EXAMPLES = 8192  # examples that normalisation scales are read off
 
-GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {"gpt": (GptConfig, Gpt)}
+GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
+    "gpt": (GptConfig, Gpt),
+    "gpt_paper": (PaperConfig, PaperGpt),
+}
 
 
 @dataclass
@@ -67,11 +73,14 @@ class Experiment:
             raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
         if wanted == "cuda" and dist.is_initialized():
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if self.config.trainer.precision == "tf32":
+            torch.set_float32_matmul_precision("high")  # torch keeps one setting for the whole process
         return torch.device(wanted)
 
     @cached_property
     def folder(self) -> Path:
-        return Path(self.config.run.root) / (self.config.run.name or self.name)
+        published = f"-{Path(self.config.resume_path).stem}" if self.config.resume_path else ""
+        return Path(self.config.run.root) / (self.config.run.name or self.name + published)
 
     @cached_property
     def task(self) -> Task:
@@ -95,10 +104,7 @@ class Experiment:
         """The zoo, collected or imported first where that is still to do."""
         settings, task = self.config.zoo, self.task
         if task.checkpoints:
-            if not self.zoo_folder.exists():
-                from Gpt.data.importers import import_checkpoints
-
-                import_checkpoints(task.checkpoints, self.zoo_folder, task)
+            on_first_process(self._import_zoo)
         elif task.recipe or not self.zoo_folder.exists():
             collect(
                 task,
@@ -120,6 +126,22 @@ class Experiment:
             device=self.device,
             test_runs=settings.test_runs,
             validation_runs=settings.validation_runs,
+        )
+
+    def _import_zoo(self) -> None:
+        """Convert the task's checkpoints; what was converted before is kept, and needs its source no longer."""
+        source, settings = Path(self.task.checkpoints or ""), self.config.zoo
+        if self.zoo_folder.exists() and not source.exists():
+            return
+        convert = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
+        convert(
+            source,
+            self.zoo_folder,
+            self.task,
+            dtype=settings.dtype,
+            shard_runs=settings.shard_runs,
+            max_weight=settings.max_weight,
+            device=self.device,
         )
 
     @cached_property
@@ -161,8 +183,14 @@ class Experiment:
         )
 
     def trained(self) -> Generator:
-        """The generator with its best weights."""
-        self.checkpoints.load_best(self.generator)
+        """The generator with its best weights, or with the published ones of `resume_path`."""
+        path = self.config.resume_path
+        if path is None:
+            self.checkpoints.load_best(self.generator)
+        elif isinstance(self.generator, PaperGpt):
+            self.generator.load_published(resolve_checkpoint(path))
+        else:
+            raise ConfigError(f"resume_path={path}: published weights need one of the *_paper configurations")
         return self.generator.eval()
 
     def _objective(self) -> Objective:
@@ -180,20 +208,28 @@ def run(experiment: Experiment) -> Results | None:
     if config.collect_only:
         print(describe(experiment.zoo))
         return None
+    if config.resume_path:  # before the zoo is collected, which can take hours
+        if not config.test_only:
+            raise ConfigError("resume_path: published weights are evaluated, not trained; add test_only=true")
+        resolve_checkpoint(config.resume_path)
+    experiment.folder, summary = on_first_process(lambda: open_folder(experiment))
+    if summary.get("finished") and not config.test_only:
+        print(f"This run is finished: {experiment.folder / 'report.html'}")
+        print("Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")
+        return None
     begun = time.perf_counter()
     zoo = experiment.zoo
-    zoo_seconds = time.perf_counter() - begun
-    summary = prepare_folder(experiment, zoo_seconds)
-    if summary.get("finished") and not config.test_only:
-        print(f"This run is finished: {experiment.folder / 'report.html'}\n"
-              "Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")  # fmt: skip
-        return None
+    if not summary:
+        summary = {"zoo_seconds": time.perf_counter() - begun}
+        on_first_process(lambda: create_folder(experiment, summary))
 
     folder, primary = experiment.folder, not dist.is_initialized() or dist.get_rank() == 0
-    logger = open_loggers(config.logger, folder, dataclasses.asdict(config), summary.get("step", -1)) if primary else _silent()
+    resumed = experiment.checkpoints.latest_step()
+    logger = open_loggers(config.logger, folder, dataclasses.asdict(config), resumed) if primary else Loggers([])
     try:
         if not config.test_only:
-            experiment.generator.fit(experiment.sampler("train")(FIT_EXAMPLES, rng(experiment.device, config.seed, "fit")))
+            examples = experiment.sampler("train")(FIT_EXAMPLES, rng(experiment.device, config.seed, "fit"))
+            experiment.generator.fit(examples)
             state = train(
                 experiment.generator,
                 experiment.sampler("train"),
@@ -206,9 +242,9 @@ def run(experiment: Experiment) -> Results | None:
                 config.seed,
             )
             summary |= {"training_seconds": state.seconds, "step": state.step}
-            write_summary(folder, summary)
         if not primary:
             return None
+        write_json(folder / "summary.json", summary)
         results = evaluate(
             experiment.trained(),
             experiment.task,
@@ -221,7 +257,7 @@ def run(experiment: Experiment) -> Results | None:
             progress=lambda phrase: print(f"evaluating: {phrase} …", flush=True),
         )
         report(experiment, results, logger)
-        write_summary(folder, summary | {"finished": True})
+        write_json(folder / "summary.json", summary | {"finished": True})
         return results
     finally:
         logger.finish()
@@ -239,9 +275,8 @@ def score(generator: Generator, experiment: Experiment) -> dict[str, float]:
 
 
 def report(experiment: Experiment, results: Results, logger: Any) -> None:
-    """Everything a run leaves behind: results.json, figures, report.html, the logged charts, the table on the terminal."""
+    """What a run leaves behind: results.json, figures, report.html, the logged charts, the table on the terminal."""
     folder = experiment.folder
-    (folder / "results.json").write_text(json.dumps(results.to_json(), indent=1))
     figures = save_figures(results, folder / "metrics.jsonl", folder / "figures")
     page = write_report(folder, results, dataclasses.asdict(experiment.config), folder / "metrics.jsonl", figures)
     for name, path in figures.items():
@@ -253,21 +288,22 @@ def report(experiment: Experiment, results: Results, logger: Any) -> None:
 def describe(zoo: Zoo) -> str:
     """What a zoo holds, what was dropped, and the scales that normalisation uses."""
     found = scales(zoo)
+    tensors = zip(zoo.structure.tensors, found.mean, found.std, strict=True)
     lines = [
         f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder}",
         f"dropped runs: {len(zoo.dropped)}" + "".join(f"\n  {run}: {why}" for run, why in zoo.dropped.items()),
         f"one coefficient for all weights (G.pt: 0.538 / std): {found.coefficient:.4f}",
-        *(f"  {t.name}: mean {m:+.4f}, std {s:.4f}" for t, m, s in zip(zoo.structure.tensors, found.mean, found.std, strict=True)),
+        *(f"  {t.name}: mean {m:+.4f}, std {s:.4f}" for t, m, s in tensors),
         *(f"final {name}: {values[:, -1].mean():.4f}" for name, values in zoo.metrics.items()),
     ]
     return "\n".join(lines)
 
 
-def prepare_folder(experiment: Experiment, zoo_seconds: float) -> dict[str, Any]:
-    """Make or reopen the run folder; returns what earlier sessions left in summary.json.
+def open_folder(experiment: Experiment) -> tuple[Path, dict[str, Any]]:
+    """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a trained generator of other settings; names them.
         CheckpointError: `test_only` without a trained generator.
     """
     config, folder = experiment.config, experiment.folder
@@ -275,31 +311,50 @@ def prepare_folder(experiment: Experiment, zoo_seconds: float) -> dict[str, Any]
         raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
     if config.resume == "never" and folder.exists() and not config.test_only:
         number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
-        experiment.folder = folder = folder.with_name(f"{folder.name}-{number}")
-    settings = json.loads(json.dumps(config.training_settings()))
-    if (folder / "config.json").is_file():
-        different = list(_differences(json.loads((folder / "config.json").read_text()), settings))
-        if different:
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
-                "Choose another run.name, or resume=never for a new folder beside it"
-            )
-    elif config.test_only:
+        folder = folder.with_name(f"{folder.name}-{number}")
+    trained = (folder / "checkpoints" / "latest.json").is_file()
+    if config.test_only and not config.resume_path and not trained:
         raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(settings, indent=1))
-        OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
-        write_summary(folder, {"zoo_seconds": zoo_seconds})
-    file = folder / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not (folder / "config.json").is_file():
+        return folder, {}
+    different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
+    if different and trained:
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
+            "Choose another run.name, or resume=never for a new folder beside it"
+        )
+    summary = folder / "summary.json"
+    return folder, json.loads(summary.read_text()) if summary.is_file() and not different else {}
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Replace summary.json."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        (folder / "summary.tmp").write_text(json.dumps(summary, indent=1))
-        os.replace(folder / "summary.tmp", folder / "summary.json")
+def create_folder(experiment: Experiment, summary: dict[str, Any]) -> None:
+    """The run folder with the configuration in it."""
+    folder, config = experiment.folder, experiment.config
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "config.json", _settings(config))
+
+
+def on_first_process(job: Callable[[], Any]) -> Any:
+    """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told."""
+    if not dist.is_initialized():
+        return job()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [job()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that trained weights depend on, as JSON gives them back."""
+    return json.loads(json.dumps(config.training_settings()))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Any:
@@ -308,12 +363,6 @@ def _differences(old: Any, new: Any, path: str = "") -> Any:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield f"{path} was {old}, now {new}"
-
-
-def _silent():
-    from Gpt.report.logger import Loggers
-
-    return Loggers([])
 
 
 def typed_config(composed: DictConfig) -> RunConfig:
@@ -325,31 +374,48 @@ def typed_config(composed: DictConfig) -> RunConfig:
     return checked(RunConfig, OmegaConf.to_container(composed, resolve=True))
 
 
-def check_arguments(arguments: list[str]) -> None:
+def check_arguments(arguments: list[str]) -> list[str]:
     """Catch what hydra would answer unhelpfully: a misspelt key, group or configuration name.
+
+    Returns:
+        the arguments, with `++` before plain keys: a key of the schema can be set whether or not a file mentions it.
 
     Raises:
         ConfigError: names the key and the nearest right one.
     """
     for i, argument in enumerate(arguments):
-        name = argument.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
-        if argument.split("=")[0] in ("--config-name", "-cn") and not (CONFIGS / f"{name.removesuffix('.yaml')}.yaml").is_file():
-            raise ConfigError(f"there is no configuration {name!r}; {nearest(name, [p.stem for p in CONFIGS.glob('*.yaml')])}")
-    plain = [a for a in arguments if "=" in a and not a.startswith("-")]
-    for override in OverridesParser.create().parse_overrides(plain):
-        keys = override.key_or_group.split(".")
-        schema: Any = RunConfig
-        for depth, key in enumerate(keys):
-            if keys[0] == "hydra" or not (dataclasses.is_dataclass(schema) or keys[:depth] == ["generator"]):
-                break
-            known = {f.name: f.type for c in _possible(schema) for f in dataclasses.fields(c)}
-            if key not in known:
-                raise ConfigError(f"configuration: there is no key {'.'.join(keys[: depth + 1])!r}; {nearest(key, list(known))}")
-            schema = known[key]
-        group = CONFIGS / override.key_or_group
-        if group.is_dir() and isinstance(override.value(), str) and not (group / f"{override.value()}.yaml").is_file():
-            options = [p.stem for p in group.glob("*.yaml")]
-            raise ConfigError(f"{override.key_or_group}={override.value()}: no such option; {nearest(str(override.value()), options)}")
+        if argument.split("=")[0] in ("--config-name", "-cn"):
+            name = argument.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
+            if not (CONFIGS / f"{name.removesuffix('.yaml')}.yaml").is_file():
+                known = [p.stem for p in CONFIGS.glob("*.yaml")]
+                raise ConfigError(f"there is no configuration {name!r}; {nearest(name, known)}")
+    return [_checked_override(a) if "=" in a and not a.startswith("-") else a for a in arguments]
+
+
+def _checked_override(argument: str) -> str:
+    override = OverridesParser.create().parse_override(argument)
+    group = CONFIGS / override.key_or_group
+    if group.is_dir() and isinstance(override.value(), str):
+        if not (group / f"{override.value()}.yaml").is_file():
+            known = [p.stem for p in group.glob("*.yaml")]
+            raise ConfigError(f"{argument}: no such option; {nearest(str(override.value()), known)}")
+        return argument
+    keys = override.key_or_group.split(".")
+    if keys[0] == "hydra":
+        return argument
+    schema: Any = RunConfig
+    for depth, key in enumerate(keys):
+        if not (dataclasses.is_dataclass(schema) or keys[:depth] == ["generator"]):
+            break
+        known = {f.name: f.type for c in _possible(schema) for f in dataclasses.fields(c)} | (
+            {"name": str} if keys[:depth] == ["generator"] else {}
+        )
+        if key not in known:
+            raise ConfigError(
+                f"configuration: there is no key {'.'.join(keys[: depth + 1])!r}; {nearest(key, list(known))}"
+            )
+        schema = known[key]
+    return argument if argument[0] in "+~" else f"++{argument}"
 
 
 def _possible(schema: Any) -> list[type]:
@@ -367,24 +433,25 @@ def help_text() -> str:
     parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml")) if file.stem != "base"]
     for group in sorted(p for p in CONFIGS.iterdir() if p.is_dir() and p.name != "__pycache__"):
         parts += ["", f"{group.name}=OPTION:", *(line(file) for file in sorted(group.glob("*.yaml")))]
-    parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512; docs/configuration.md lists them."]
+    parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512;"]
+    parts += ["docs/configuration.md lists them."]
     return "\n".join(parts)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="digits_loss")
 def _compose_and_run(composed: DictConfig) -> None:
-    _guard(lambda: run(Experiment(typed_config(composed), HydraConfig.get().job.config_name)))
+    guard(lambda: run(Experiment(typed_config(composed), HydraConfig.get().job.config_name)))
 
 
-def _guard(job: Callable[[], Any]) -> None:
-    """Errors a user can mend end with their message; Ctrl-C says how to go on."""
+def guard(job: Callable[[], Any], interrupted: str = "continues from the last checkpoint (resume=auto)") -> Any:
+    """Errors a user can mend end with their message; Ctrl-C says what the same command does next."""
     try:
-        job()
+        return job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command continues from the last checkpoint (resume=auto).", file=sys.stderr)
+        print(f"\nInterrupted. The same command {interrupted}.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -393,8 +460,10 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text())
         return
-    _guard(lambda: check_arguments(sys.argv[1:]))
+    sys.argv[1:] = guard(lambda: check_arguments(sys.argv[1:]))
     if "LOCAL_RANK" in os.environ:  # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         _compose_and_run()

@@ -1,14 +1,16 @@
 """Checkpoints of a training run: safetensors and JSON, written atomically, never unpickled.
 
     checkpoints/
-      latest.json        names the newest complete folder; replaced atomically, so a kill at any moment leaves a valid run
-      step-00000400/     model, ema and optimizer .safetensors, state.json
-      best/              the EMA weights with the best validation score, and what that score was
+      latest.json        names the folders to use; replaced atomically, so a kill at any moment leaves a valid run
+      step-00000400/     model, ema and optimizer .safetensors, facts.json
+      best-00000200/     the EMA weights with the best validation score until then, and what that score was
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ class TrainingState:
     best_score: float = float("inf")
     best_step: int = -1
 
+    @property
+    def best_folder(self) -> str | None:
+        return f"best-{self.best_step:08d}" if self.best_step >= 0 else None
+
 
 class CheckpointFolder:
     """The checkpoints of one run."""
@@ -45,7 +51,7 @@ class CheckpointFolder:
         self.identity = identity
 
     def save(self, state: TrainingState, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write a complete checkpoint, make it the latest, and only then remove the one before.
+        """Write a complete checkpoint, make it and the best weights the ones to use, and only then remove older ones.
 
         Raises:
             CheckpointError: the disk is full; the previous checkpoint is intact.
@@ -57,25 +63,36 @@ class CheckpointFolder:
             {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": tensors},
             {"state": vars(state), "optimizer": settings, "identity": self.identity},
         )
-        _write_json(self.folder / "latest.json", {"folder": name})
-        for old in self.folder.glob("step-*"):
-            if old.name != name:
-                shutil.rmtree(old)
+        with self._explained(name):
+            write_json(self.folder / "latest.json", {"folder": name, "best": state.best_folder})
+        for old in (*self.folder.glob("step-*"), *self.folder.glob("best-*")):
+            if old.name not in (name, state.best_folder):
+                shutil.rmtree(old, ignore_errors=True)
 
-    def save_best(self, ema: nn.Module, facts: dict[str, Any]) -> None:
-        """Replace the best EMA weights."""
-        self._write("best", {"ema": ema.state_dict()}, {"facts": facts, "identity": self.identity})
+    def save_best(self, state: TrainingState, ema: nn.Module, facts: dict[str, Any]) -> None:
+        """Write the weights of `state.best_step`; the next `save` makes them the ones to use.
+
+        Raises:
+            CheckpointError: the disk is full; the previous checkpoint is intact.
+        """
+        assert state.best_folder is not None
+        self._write(state.best_folder, {"ema": ema.state_dict()}, {"facts": facts, "identity": self.identity})
 
     def exists(self) -> bool:
         return (self.folder / "latest.json").is_file()
+
+    def latest_step(self) -> int:
+        """Step of the latest checkpoint, -1 where there is none."""
+        return self._facts(self._latest()["folder"])["state"]["step"] if self.exists() else -1
 
     def load(self, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
         """Continue from the latest checkpoint, bit for bit.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the checkpoint is of another task, architecture or generator.
+            CheckpointError: a file is missing or damaged, or the checkpoint is of another task, architecture or
+                generator.
         """
-        name = _read_json(self.folder / "latest.json")["folder"]
+        name = self._latest()["folder"]
         facts = self._facts(name)
         _load_module(model, self.folder / name / "model.safetensors")
         _load_module(ema, self.folder / name / "ema.safetensors")
@@ -83,47 +100,56 @@ class CheckpointFolder:
         return TrainingState(**facts["state"])
 
     def load_best(self, generator: nn.Module) -> dict[str, Any]:
-        """Load the weights to use: the best ones, or the latest EMA where no best was kept. Returns what is known of them.
+        """Load the weights to use, the best ones or else the latest average, and return what is known of them.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it is of another task, architecture or generator.
         """
-        if (self.folder / "best" / "facts.json").is_file():
-            name = "best"
-        elif self.exists():
-            name = _read_json(self.folder / "latest.json")["folder"]
-        else:
-            raise CheckpointError(f"no checkpoint in {self.folder}; train first, or name a run with run.folder=PATH")
+        if not self.exists():
+            raise CheckpointError(f"no checkpoint in {self.folder}; train first, or name a trained run: run.name=NAME")
+        latest = self._latest()
+        name = latest["best"] or latest["folder"]
         facts = self._facts(name)
         _load_module(generator, self.folder / name / "ema.safetensors")
         return facts.get("facts", facts.get("state", {}))
+
+    def _latest(self) -> dict[str, Any]:
+        return _read_json(self.folder / "latest.json")
 
     def _facts(self, name: str) -> dict[str, Any]:
         facts = _read_json(self.folder / name / "facts.json")
         for key, value in self.identity.items():
             if facts["identity"].get(key) != value:
                 raise CheckpointError(
-                    f"the checkpoint in {self.folder} has {key} {facts['identity'].get(key)!r}, this run has {value!r}; "
-                    "choose another run.name, or the configuration it was trained with"
+                    f"the checkpoint in {self.folder} has {key} {facts['identity'].get(key)!r}, this run has "
+                    f"{value!r}; choose another run.name, or the configuration it was trained with"
                 )
         return facts
 
     def _write(self, name: str, files: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        """Write a folder next to its place, then swap it in."""
-        temporary = self.folder / f"{name}.tmp-{os.getpid()}"
+        """Write a folder next to its place, then rename it."""
+        temporary = self.folder / f"{name}.tmp"
+        with self._explained(name):
+            try:
+                for leftover in (temporary, self.folder / name):  # of a killed process; latest.json never named them
+                    shutil.rmtree(leftover, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                for file, tensors in files.items():
+                    contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
+                    save_file(contiguous, temporary / f"{file}.safetensors")
+                write_json(temporary / "facts.json", facts)
+                temporary.rename(self.folder / name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
         try:
-            temporary.mkdir(parents=True)
-            for file, tensors in files.items():
-                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary / f"{file}.safetensors")
-            _write_json(temporary / "facts.json", facts)
-            if (self.folder / name).exists():
-                shutil.rmtree(self.folder / name)
-            temporary.rename(self.folder / name)
+            yield
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"could not write the checkpoint {self.folder / name}: {error}. The previous one is intact; "
-                "make room and start again with resume=auto"
+                "make room and start again with the same command"
             ) from error
 
 
@@ -167,11 +193,12 @@ def _read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; start over with resume=never") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_suffix(f".tmp-{os.getpid()}")
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file; a reader sees the old content or the new one."""
+    temporary = file.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, file)

@@ -49,8 +49,8 @@ class MetricScale(nn.Module):
         values = values[torch.isfinite(values)].double().flatten().sort().values
         positions = torch.linspace(0, len(values) - 1, len(self.knots), dtype=torch.float64)
         knots = values[positions.round().long().to(values.device)]
-        # Equal metrics must not make a step of zero width, or the inverse would divide by zero.
-        gap = (values[-1] - values[0]).clamp_min(1e-6) * 1e-4
+        # Equal metrics must not make a step of zero width, in float32 neither, or the inverse would divide by zero.
+        gap = torch.maximum((values[-1] - values[0]) * 1e-4, values.abs().max() * 1e-6).clamp_min(1e-10)
         steps = torch.arange(len(knots), device=knots.device)
         knots = torch.cummax(knots + gap * steps, dim=0).values
         self.knots.copy_(knots)

@@ -102,6 +102,7 @@ class RunConfig:
         task_modules: files of the user's that add tasks.
         generator: {name: …, settings of that generator}.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        resume_path: published G.pt weights to evaluate with test_only=true, such as mnist_loss.pt.
         resume: "auto" continues or reuses what the run folder holds; "never" starts a new folder beside it.
         test_only: evaluate the trained generator again instead of training.
         collect_only: stop when the zoo is there, and print what it holds.
@@ -121,6 +122,7 @@ class RunConfig:
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
     device: str = "auto"
     seed: int = 0
+    resume_path: str | None = None
     resume: str = "auto"
     test_only: bool = False
     collect_only: bool = False
@@ -128,7 +130,7 @@ class RunConfig:
     def training_settings(self) -> dict[str, Any]:
         """The part of the configuration that trained weights depend on; a run is only resumed with the same."""
         settings = dataclasses.asdict(self)
-        for key in ("data", "evaluation", "logger", "run", "device", "resume", "test_only", "collect_only"):
+        for key in ("data", "evaluation", "logger", "run", "device", "resume_path", "resume", "test_only", "collect_only"):
             del settings[key]
         for key in ("path", "shard_runs", "population", "storage"):
             del settings["zoo"][key]

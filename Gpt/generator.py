@@ -4,10 +4,13 @@ The training loop, the evaluation and the playground know only what is in this f
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from Gpt.structure import Structure
 
 Prompt = dict[str, Tensor]
 """What a user asks for, one tensor per condition with the batch as first axis, e.g. {"target_metric": [B, 2]}."""
@@ -34,6 +37,7 @@ class Generator(nn.Module):
     Subclasses own normalisation, tokenisation and conditions; weights go in and come out as plain flat rows.
     """
 
+    structure: Structure
     default_steps: int
     needs_start: bool
     augment = False
@@ -41,6 +45,15 @@ class Generator(nn.Module):
 
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """What the optimiser is given: parameters, and the weight decay of each group."""
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one network is made of, see `sample`."""
+        return (self.structure.size,)
 
     def compile_networks(self) -> None:
         """Compile the expensive submodules in place (names in state_dict stay the same)."""
@@ -69,6 +82,6 @@ class Generator(nn.Module):
             steps: number of sampling steps; the generator's default when None.
             guidance: 1 samples the conditional model; above 1 strengthens the prompt.
             seed: names the noise; the same seed, prompt and start give the same networks.
-            noise: the sampler's starting point instead of a seeded draw (latent walks), `[B, *latent shape]`.
+            noise: the sampler's starting point instead of a seeded draw (latent walks), `[B, *noise_shape]`.
         """
         raise TypeError(f"{type(self).__name__} does not define sample")

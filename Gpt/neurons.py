@@ -16,18 +16,17 @@ from Gpt.structure import Structure
 
 
 class NeuronTokens(nn.Module):
-    """Flat rows `[B, D]` <-> one `[B, units, entries]` block per token type (each symmetry group, then the rest).
+    """Flat rows `[B, D]` <-> one `[B, units, entries]` block per token type.
+
+    Each symmetry group is a type; what touches no unit is the only token of one more type, the last.
 
     Attributes:
-        types: names of the token types, in order; the last is "rest" where some weights touch no unit.
-        shapes: `(units, entries)` of each type.
+        shapes: `(units, entries)` of each type, in the order of the structure's groups.
         entangled: True when a tensor joins two hidden layers.
 
     Raises:
         StructureError: the structure has no symmetry, so there are no hidden units to make tokens of.
     """
-
-    indices: list[Int[Tensor, "units entries"]]
 
     def __init__(self, structure: Structure):
         super().__init__()
@@ -36,18 +35,17 @@ class NeuronTokens(nn.Module):
                 "neuron tokens need the hidden-unit symmetry of the network; give the task a `symmetry` key, "
                 "or choose another tokenisation (generator.tokens=chunk_within_layer)"
             )
-        blocks = {group: _unit_entries(structure, group, n) for group, n in structure.groups.items()}
-        touched = torch.cat([block.flatten() for block in blocks.values()])
+        blocks = [_unit_entries(structure, group, units) for group, units in structure.groups.items()]
+        touched = torch.cat([block.flatten() for block in blocks])
         rest = torch.ones(structure.size, dtype=torch.bool)
         rest[touched] = False
         if rest.any():
-            blocks["rest"] = rest.nonzero().T
-        self.types = tuple(blocks)
-        self.shapes = tuple((block.shape[0], block.shape[1]) for block in blocks.values())
+            blocks.append(rest.nonzero().T)
+        self.shapes = tuple((block.shape[0], block.shape[1]) for block in blocks)
         self.entangled = len(touched) + int(rest.sum()) > structure.size
-        for name, block in blocks.items():
-            self.register_buffer(f"index_{name}", block, persistent=False)
-        slots = torch.cat([block.flatten() for block in blocks.values()])
+        for i, block in enumerate(blocks):
+            self.register_buffer(f"index_{i}", block, persistent=False)
+        slots = torch.cat([block.flatten() for block in blocks])
         order = slots.argsort(stable=True)
         counts = slots.bincount(minlength=structure.size)
         first = counts.cumsum(0) - counts
@@ -59,11 +57,11 @@ class NeuronTokens(nn.Module):
         """Number of tokens."""
         return sum(units for units, _ in self.shapes)
 
-    def encode(self, flat: Float[Tensor, "B D"]) -> list[Float[Tensor, "B units entries"]]:
+    def encode(self, flat: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
         """Gather the entries of every token."""
-        return [flat[:, getattr(self, f"index_{name}")] for name in self.types]
+        return [flat[:, getattr(self, f"index_{i}")] for i in range(len(self.shapes))]
 
-    def decode(self, blocks: list[Float[Tensor, "B units entries"]]) -> Float[Tensor, "B D"]:
+    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
         """Put entries back in place; a weight that two tokens hold becomes their mean."""
         slots = torch.cat([block.flatten(1) for block in blocks], dim=1)
         if not self.entangled:

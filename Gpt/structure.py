@@ -78,7 +78,8 @@ class Structure:
         """Read the structure of a module or of a state_dict.
 
         Raises:
-            StructureError: there is nothing to generate, or `symmetry` names tensors, axes or sizes that do not fit.
+            StructureError: there is nothing to generate, a tensor is complex, or `symmetry` names tensors, axes or sizes
+                that do not fit.
         """
         state = source.state_dict() if isinstance(source, nn.Module) else source
         symmetry = symmetry or {}
@@ -86,6 +87,8 @@ class Structure:
         tensors, aliases, fixed, offset = [], {}, {}, 0
         for name, value in state.items():
             storage = (value.data_ptr(), tuple(value.shape), value.dtype)
+            if value.is_complex():
+                raise StructureError(f"{name!r} is complex; generators write real weights, use torch.view_as_real")
             if not value.is_floating_point() or value.numel() == 0:
                 fixed[name] = value.detach().clone()
             elif storage[0] and storage in owners:  # meta tensors have no storage, hence no ties

@@ -98,13 +98,12 @@ class Task:
         """The inputs of the test function for "train", "validation" or "test", with tensors on `device`; cached.
 
         Raises:
-            TaskError: the split's function does not return a tuple or list.
+            TaskError: there is no such split, the task has no training data, or the split's function does not return a
+                tuple or list.
         """
         key = f"{split}/{device}"
         if key not in self._data:
-            functions = {"train": self.train_data_fn, "validation": self.validation_data_fn or self.data_fn}
-            function = functions.get(split) or self.data_fn
-            items = function()
+            items = self._data_function(split)()
             if not isinstance(items, tuple | list):
                 raise TaskError(
                     f"task {self.name!r}: the data function of the {split} split returned {type(items).__name__}, "
@@ -112,6 +111,17 @@ class Task:
                 )
             self._data[key] = tuple(i.to(device) if isinstance(i, Tensor) else i for i in items)
         return self._data[key]
+
+    def _data_function(self, split: str) -> Callable[[], Sequence]:
+        if split == "train":
+            if self.train_data_fn is None:
+                raise TaskError(f"task {self.name!r} has no training data; add the key 'train_data_fn'")
+            return self.train_data_fn
+        if split == "validation":
+            return self.validation_data_fn or self.data_fn
+        if split == "test":
+            return self.data_fn
+        raise TaskError(f"task {self.name!r}: there is no split {split!r}, expected train, validation or test")
 
     def score(self, net: nn.Module | Population, split: str, device: torch.device | str = "cpu") -> Any:
         """Raw result of the test function on one split, reduced to its first item when it is a tuple."""
@@ -231,20 +241,27 @@ def load_task_modules(paths: Sequence[str] = ()) -> None:
     """Import users' task files, and packages of the entry-point group `gpt_weights.tasks`, into TASK_METADATA.
 
     Raises:
-        TaskError: a file does not exist, does not import, or adds no task.
+        TaskError: a file does not exist, does not import, or adds no task; names it.
     """
     for entry_point in entry_points(group="gpt_weights.tasks"):
-        TASK_METADATA.update(entry_point.load())
+        try:
+            TASK_METADATA.update(entry_point.load())
+        except Exception as error:
+            raise TaskError(
+                f"the entry point {entry_point.name} = {entry_point.value} of the group gpt_weights.tasks failed: "
+                f"{type(error).__name__}: {error}; it must be a dict of entries of TASK_METADATA"
+            ) from error
     for path in paths:
         file = Path(path)
         if not file.is_file():
             raise TaskError(f"task_modules: there is no file {path!r} (looked in {file.resolve().parent})")
         before = {name: id(entry) for name, entry in TASK_METADATA.items()}
-        spec = importlib.util.spec_from_file_location(file.stem, file)
+        name = f"gpt_weights_tasks.{file.stem}"  # never the name of another module, such as random.py
+        spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
             raise TaskError(f"task_modules: {path!r} is not a Python file")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
+        sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
         except Exception as error:

@@ -35,17 +35,18 @@ Encoder = Callable[[Sequence[str]], Float[Tensor, "n features"]]
 
 
 class SentenceEncoder:
-    """Unit-length sentence embeddings of a frozen sentence-transformers model (Reimers and Gurevych 2019), mean over tokens.
+    """Unit-length, token-averaged embeddings of a frozen sentence-transformers model (Reimers and Gurevych 2019).
 
-    The default all-MiniLM-L6-v2 gives 384 numbers. Nothing is downloaded: the model is a folder, the packaged default, or in the
-    local Hugging Face cache. It is loaded when a sentence is met that the cache does not hold.
+    The default all-MiniLM-L6-v2 gives 384 numbers. Nothing is downloaded: the model is a folder, the packaged
+    default, or in the local Hugging Face cache. It is loaded when a sentence is met that the cache does not hold.
 
     Args:
         model: "all-MiniLM-L6-v2", the path of a model's folder, or the name of a model in the local Hugging Face cache.
         cache: a safetensors file that keeps embeddings between runs; created when missing.
 
     Raises:
-        ConfigError: the model, or a package that is needed to run it, is not installed, or the model does not pool by the mean.
+        ConfigError: the model, or a package that is needed to run it, is not installed, or the model does not pool by
+        the mean.
         DataError: the cache is damaged or belongs to another model.
     """
 
@@ -77,7 +78,9 @@ class SentenceEncoder:
         for first in range(0, len(sentences), batch):
             members = by_length[first : first + batch]
             texts = [sentences[i] for i in members]
-            tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(self.device)
+            tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(
+                self.device
+            )
             hidden, valid = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
             mean = (hidden * valid).sum(1) / valid.sum(1)
             rows |= dict(zip(members, F.normalize(mean, dim=-1).float().cpu(), strict=True))
@@ -89,7 +92,9 @@ class SentenceEncoder:
                 from transformers import AutoModel, AutoTokenizer
                 from transformers.utils import logging
             except ImportError as error:
-                raise ConfigError(f"sentences need the package transformers, which does not import ({error}); {INSTALL}") from error
+                raise ConfigError(
+                    f"sentences need the package transformers, which does not import ({error}); {INSTALL}"
+                ) from error
             logging.disable_progress_bar()
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
@@ -107,7 +112,9 @@ def find_model(model: str = DEFAULT_MODEL) -> Path:
     if not folder.is_dir():
         folder = _bundled() if model == DEFAULT_MODEL else _hub_snapshot(model)
     if not (folder / "model.safetensors").is_file():
-        raise ConfigError(f"sentence encoder {model!r}: {folder} holds no model.safetensors; name the folder of a complete model")
+        raise ConfigError(
+            f"sentence encoder {model!r}: {folder} holds no model.safetensors; name the folder of a complete model"
+        )
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", False):
         raise ConfigError(f"sentence encoder {model!r} does not average over tokens; choose a mean-pooled model")
@@ -127,11 +134,13 @@ def _hub_snapshot(model: str) -> Path:
 
         return Path(snapshot_download(model, local_files_only=True))
     except ImportError as error:
-        raise ConfigError(f"sentence encoder {model!r} is no folder, and huggingface_hub is missing; {INSTALL}") from error
+        raise ConfigError(
+            f"sentence encoder {model!r} is no folder, and huggingface_hub is missing; {INSTALL}"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"sentence encoder {model!r} is neither a folder nor in the local Hugging Face cache; nothing is downloaded: fetch "
-            f"it first, name a folder, or use {DEFAULT_MODEL!r}"
+            f"sentence encoder {model!r} is neither a folder nor in the local Hugging Face cache, and nothing is "
+            f"downloaded: fetch it first, name a folder, or use {DEFAULT_MODEL!r}"
         ) from error
 
 
@@ -149,7 +158,9 @@ def _read_cache(file: Path, identity: str) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             owner = (opened.metadata() or {}).get("encoder")
             if owner != identity:
-                raise DataError(f"{file} holds embeddings of another encoder; name another cache file or delete this one")
+                raise DataError(
+                    f"{file} holds embeddings of another encoder; name another cache file or delete this one"
+                )
             keys, embeddings = opened.get_tensor("keys"), opened.get_tensor("embeddings")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file} is not a readable cache of embeddings ({error}); delete it") from error
@@ -174,7 +185,9 @@ class TextHead(nn.Module):
         members: networks of the ensemble; their probabilities are averaged.
     """
 
-    def __init__(self, classes: Sequence[str], features: int = 384, hidden: int = 512, members: int = 3, dropout: float = 0.3):
+    def __init__(
+        self, classes: Sequence[str], features: int = 384, hidden: int = 256, members: int = 3, dropout: float = 0.3
+    ):
         super().__init__()
         self.classes, self.features, self.hidden = tuple(classes), features, hidden
 
@@ -198,7 +211,12 @@ class TextHead(nn.Module):
 
     def save(self, file: str | Path, encoder: str = "") -> None:
         """Write a safetensors file; `encoder` is the identity of the encoder that the head was trained with."""
-        shape = {"classes": self.classes, "features": self.features, "hidden": self.hidden, "members": len(self.members)}
+        shape = {
+            "classes": self.classes,
+            "features": self.features,
+            "hidden": self.hidden,
+            "members": len(self.members),
+        }
         save_file(self.state_dict(), file, {"head": json.dumps(shape), "encoder": encoder})
 
     @classmethod
@@ -233,8 +251,8 @@ def train_text_head(
 ) -> TextHead:
     """Train a head on the sentences that are a single clause; the grammar takes care of the others.
 
-    Binary cross-entropy, AdamW with a one-cycle schedule. Each example is met as written and as the clause that the grammar
-    leaves of it. Classes of a sentence that fits none count a tenth: it is the last output that has to say so.
+    Binary cross-entropy, AdamW with a one-cycle schedule. Each example is met as written and as the clause that the
+    grammar leaves of it. Classes of a sentence that fits none count a tenth: it is the last output that has to say so.
 
     Args:
         noise: standard deviation of the Gaussian noise on embeddings scaled to unit variance.
@@ -302,7 +320,8 @@ class Reading:
         """
         if not self.fits:
             raise ConfigError(
-                f"{self.sentence!r} fits none of the classes {', '.join(self.classes)}; describe some of them, or give a mask"
+                f"{self.sentence!r} fits none of the classes {', '.join(self.classes)}; describe some of them, or give "
+                "a mask"
             )
         return self.mask
 
@@ -335,7 +354,8 @@ class SentenceReader:
 
 
 def train_reader(embed: Encoder, vocabulary: str = "cifar10", seed: int = 0) -> SentenceReader:
-    """A reader trained on all sentences of a vocabulary, for use; held-out accuracy is measured on `split_sentences`."""
+    """A reader trained on all sentences of a vocabulary, for use; held-out accuracy is measured on
+    `split_sentences`."""
     words = load_vocabulary(vocabulary)
     sentences = compose(words.names, words.attributes, WORDINGS, seed)
     return SentenceReader(embed, train_text_head(embed, sentences, words.classes, seed=seed))

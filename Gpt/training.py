@@ -1,7 +1,8 @@
 """The one training loop, for every generator, on CPU or GPU, in one process or several.
 
-Step i is a function of (seed, i): its batch and its noise are drawn from named seeds, in slices that do not depend on how many
-processes share the work. A run that is killed and resumed, or spread over more processes, therefore trains on the same numbers.
+Step i is a function of (seed, i): its batch and its noise are drawn from named seeds, in slices that do not depend on
+how many processes share the work. A run that is killed and resumed, or spread over more processes, therefore trains on
+the same numbers.
 """
 
 import contextlib
@@ -9,9 +10,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -32,33 +35,34 @@ class TrainerConfig:
 
     Attributes:
         batch_size: examples per step, over all processes and slices.
-        slices: equal parts of a batch that are drawn and differentiated one after the other; a multiple of the number of
-            processes. More slices need less memory.
+        slices: equal parts of a batch that are drawn and differentiated one after the other; a multiple of the number
+            of processes. More slices need less memory.
         warmup: steps of linear warm-up; then the learning rate falls linearly to zero ("linear") or along a cosine.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
         ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
-        precision: "float32", or "bfloat16" for automatic mixed precision.
+        precision: "float32"; "tf32" for its faster matrix products, in training and sampling; "bfloat16" for automatic
+            mixed precision.
         compile: compile the generator's networks with torch.compile.
         validate_every, checkpoint_every: steps; 0 leaves it to the end.
         validation_batches: batches behind one validation loss.
     """
 
-    steps: int = 1000
-    batch_size: int = 256
-    slices: int = 1
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = 256
+    slices: PositiveInt = 1
     learning_rate: float = 4e-3
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine"] = "linear"
     warmup: int = 50
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     ema_decay: float = 0.99
-    precision: str = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False
     validate_every: int = 250
     checkpoint_every: int = 250
     log_every: int = 10
-    validation_batches: int = 4
+    validation_batches: PositiveInt = 4
 
 
 def train(
@@ -76,16 +80,19 @@ def train(
 
     Args:
         draw, draw_validation: `(count, rng) -> Batch`, from training and from validation runs.
-        score: measures the averaged generator on validation data; its key "score" (lower is better) picks the best weights.
+        score: measures the averaged generator on validation data; its key "score" (lower is better) picks the best
+            weights.
 
     Raises:
-        UserError: the loss is not finite; the latest checkpoint is from before.
+        ConfigError: the processes cannot share the slices of a batch equally.
+        UserError: the loss or its gradient is not finite; the latest checkpoint is from before.
         CheckpointError: a checkpoint cannot be read or written.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.slices % world or config.batch_size % config.slices:
         raise ConfigError(
-            f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide batch_size={config.batch_size}"
+            f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide "
+            f"trainer.batch_size={config.batch_size}"
         )
     ema = AveragedModel(generator, multi_avg_fn=_ema(config.ema_decay))
     optimizer = _adamw(generator, config, device)
@@ -99,23 +106,29 @@ def train(
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
     running, since = torch.zeros((), device=device), state.step
+    settled = state.step  # resumed at this step, which was validated and saved by the session before
 
     while True:
         last = state.step >= config.steps
-        if last or _due(state.step, config.validate_every):
+        validate = state.step > settled and (last or _due(state.step, config.validate_every))
+        save = state.step > settled and (last or _due(state.step, config.checkpoint_every))
+        if validate or save:
+            _check_finite("gradient norm", norm.item(), state.step, config)
+        if validate:
             facts = _validate(ema.module, draw_validation, score, config, device, seed)
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
             if rank == 0 and facts["score"] < state.best_score:
                 state.best_score, state.best_step = facts["score"], state.step
-                checkpoints.save_best(ema.module, {"step": state.step, **facts})
+                checkpoints.save_best(state, ema.module, {"step": state.step, **facts})
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
         state.seconds = time.perf_counter() - begun
-        if rank == 0 and (last or _due(state.step, config.checkpoint_every)):
+        if rank == 0 and save:
             checkpoints.save(state, generator, ema.module, optimizer)
         if last:
             break
 
-        optimizer.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(state.step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(state.step, config)
         for part in range(rank, config.slices, world):
             noise = rng(device, seed, "batch", state.step, part)
             batch = draw(config.batch_size // config.slices, noise)
@@ -124,7 +137,7 @@ def train(
                 loss = model(batch, noise) * world / config.slices
             loss.backward()
             running += loss.detach() / world
-        norm = nn.utils.clip_grad_norm_(generator.parameters(), config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(generator.parameters(), config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update_parameters(generator)
@@ -133,16 +146,14 @@ def train(
 
         if _due(state.step, config.log_every):
             value = _sum_over_processes(running).item() / (state.step - since)
-            if not math.isfinite(value):
-                raise UserError(
-                    f"training: the loss is {value} at step {state.step}; lower trainer.learning_rate "
-                    f"(now {config.learning_rate:g}) and start again: the latest good checkpoint is used"
-                )
+            _check_finite("loss", value, state.step, config)
             logger.log({"train/loss": value, "train/grad_norm": norm.item()}, state.step)
             running.zero_()
             since = state.step
 
     bar.close()
+    if world > 1:
+        dist.barrier()  # until the first process has written its last checkpoint
     checkpoints.load_best(generator)
     return state
 
@@ -167,10 +178,9 @@ class _Loss(nn.Module):
 
 def _adamw(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        generator.parameters(),
+        generator.parameter_groups(config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,
-        weight_decay=config.weight_decay,
         fused=device.type == "cuda",
     )
 
@@ -199,6 +209,14 @@ def _validate(
         noise = rng(device, seed, "validation", i)
         total += generator.loss(draw(config.batch_size // config.slices, noise), noise).item()
     return {"loss": total / config.validation_batches, **score(generator)}
+
+
+def _check_finite(name: str, value: float, step: int, config: TrainerConfig) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"training: the {name} is {value} at step {step}; train anew (resume=never) with a lower "
+            f"trainer.learning_rate (now {config.learning_rate:g}); the checkpoints of this run are from before"
+        )
 
 
 def _sum_over_processes(value: Tensor) -> Tensor:

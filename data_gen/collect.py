@@ -125,6 +125,9 @@ def collect(
         TaskError: the task has no recipe.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
     """
+    for name, value in {"runs": runs, "shard_runs": shard_runs, "population": population or shard_runs}.items():
+        if value < 1:
+            raise ConfigError(f"zoo: {name} is {value}, expected at least 1")
     folder = Path(path)
     iterations = snapshot_schedule(total_iterations(task), snapshots, spacing, seed)
     manifest = Manifest.of(
@@ -146,8 +149,8 @@ def collect(
                 if _collect_shard(folder, manifest, index, run_ids, train, bar):
                     del pending[index]
             if pending:
-                locks = ", ".join(str(_lock_file(folder, index)) for index in pending)
-                bar.set_postfix_str(f"waiting for other workers ({locks}; delete a lock whose worker is gone)")
+                lock = _lock_file(folder, min(pending))
+                bar.set_postfix_str(f"waiting for the worker of {lock}; delete that file if the worker is gone")
                 time.sleep(WAIT_SECONDS)
 
 

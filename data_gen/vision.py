@@ -7,7 +7,7 @@ of batched kernels whatever R is. The data set is resident once; a step gathers 
 import copy
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ State = dict[str, Tensor]
 """Everything that changes during training or differs between populations; the step updates it in place."""
 
 
-@cache
+@lru_cache(maxsize=8)
 def _training_step(task: Task, recipe: SupervisedRecipe, device: torch.device, compile: bool) -> "TrainingStep":
     """One step object, hence one compilation, for all populations of a task."""
     return TrainingStep(task, recipe, device, compile)
@@ -352,7 +352,7 @@ def cross_entropy_and_error(
 
 def _piece(template: nn.Module, inputs: Tensor, weights: Tensor) -> tuple[int, int]:
     """(networks, examples) evaluated in one call, such that activations fill a cache (CPU) or keep a GPU busy."""
-    budget = 2**28 if weights.is_cuda else 2**22
+    budget = 2**28 if weights.is_cuda else 2**20
     per_pair = 2 * _activations(template, inputs[:1].cpu())
     examples = min(len(inputs), 1024 if weights.is_cuda else 256)
     return max(1, budget // (per_pair * examples)), examples

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import Objective
-from Gpt.diffusion.samplers import SAMPLERS, guided
+from Gpt.diffusion.samplers import SAMPLERS, Sampler, guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt
 from Gpt.seeds import rng as seeded
@@ -84,7 +84,7 @@ class Rpg(Generator):
         if config.width % config.heads:
             raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
         self.structure, self.config, self.objective, self.conditions = structure, config, objective, conditions
-        self.default_steps = config.steps
+        self.sampler, self.default_steps = find_sampler(config.sampler), config.steps
         self.latents = Latents(structure)
         layout = Layout(structure, config.policy, config.token_size)
         self.prototypes = Prototypes(
@@ -141,14 +141,14 @@ class Rpg(Generator):
         conditions, identity = split_identity(prompt)
         if self.identities is not None and identity is None:
             identity = torch.randint(self.config.identities, (count,), generator=rng, device=device)
-        sampler, steps = SAMPLERS[self.config.sampler], steps or self.default_steps
         networks_per_pass = max(1, self.config.weights_per_pass // self.structure.size)
         written = []
         for rows in torch.arange(count, device=device).split(networks_per_pass):
             part = {name: value[rows] for name, value in conditions.items()}
             who = None if identity is None else identity[rows]
             denoise = self._guided(part, who, len(rows), guidance)
-            written.append(self.latents.decode(sampler(denoise, self.objective, noise[rows], steps, rng)))
+            latents = self.sampler(denoise, self.objective, noise[rows], steps or self.default_steps, rng)
+            written.append(self.latents.decode(latents))
         return torch.cat(written)
 
     def _guided(self, prompt: Prompt, identity: Tensor | None, count: int, guidance: float) -> Callable:
@@ -177,6 +177,17 @@ class Rpg(Generator):
             return self.denoiser(z_t, self.latents.anchor, prototypes, request, alpha, sigma)
 
         return network
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SAMPLERS:
+        raise ConfigError(f"generator.sampler={name!r} does not exist; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def split_identity(prompt: Prompt) -> tuple[Prompt, Int[Tensor, " B"] | None]:

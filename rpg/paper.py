@@ -17,6 +17,7 @@ the two Mamba-2 layers, a forward scan alone, batch statistics that see the padd
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,13 +25,12 @@ from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import Objective
-from Gpt.diffusion.samplers import SAMPLERS
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt
 from Gpt.seeds import rng as seeded
 from Gpt.structure import Structure
 from rpg.backbones import build_backbone
-from rpg.generator import IDENTITY, network_count, split_identity
+from rpg.generator import IDENTITY, find_sampler, network_count, split_identity
 from rpg.tokens import Latents, PositionCode, cut, token_coordinates, token_sizes
 
 BASE_CHANNELS = (1, 32, 64, 128, 64, 32, 1)
@@ -43,7 +43,7 @@ HEAD_TOKENS = 8  # at a token size of 8192: the last norm and the head of the pu
 
 @dataclass(frozen=True)
 class PaperSize:
-    """Entries per token, widths of the two Mamba-2 layers, and channels of the convolutions."""
+    """Entries per token (fewer where no tensor has as many), widths of the two Mamba-2 layers, convolution channels."""
 
     token_size: int
     width: int
@@ -95,17 +95,17 @@ class TokenDenoiser(nn.Module):
         super().__init__()
         self.condition = nn.Linear(width, token_size)
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, token_size), nn.SiLU(), nn.Linear(token_size, token_size))
-        last = len(channels) - 2
-        self.convolutions = nn.ModuleList(
-            _convolution(*channels[i : i + 2], plain=i == last) for i in range(len(channels) - 1)
-        )
+        hidden = [_convolution(i, o) for i, o in pairwise(channels[:-1])]
+        last = nn.Conv1d(channels[-2], channels[-1], KERNEL, padding=KERNEL // 2)
+        self.convolutions = nn.ModuleList([*hidden, last])
 
     def forward(
         self, x: Float[Tensor, "N K"], t: Float[Tensor, " N"], prototypes: Float[Tensor, "N width"]
     ) -> Float[Tensor, "N K"]:
         condition, time = self.condition(prototypes)[:, None], self.time(time_features(t))[:, None]
         x = x[:, None]
-        layers, outputs = len(self.convolutions), []
+        layers = len(self.convolutions)
+        outputs: list[Tensor] = []
         for i, convolution in enumerate(self.convolutions):
             if i > layers // 2:
                 x = x + outputs[layers - 1 - i]
@@ -116,6 +116,8 @@ class TokenDenoiser(nn.Module):
 
 class HeadGate(nn.Module):
     """A class mask for the last 8 tokens; the others know nothing of it: `[B, classes] -> [B, T, width]`."""
+
+    gate: Float[Tensor, " T"]
 
     def __init__(self, classes: int, tokens: int, width: int):
         super().__init__()
@@ -168,7 +170,7 @@ class RpgPaper(Generator):
         if size is None:
             raise ConfigError(f"generator.size={config.size!r} does not exist; choose one of {', '.join(PAPER_SIZES)}")
         self.structure, self.config, self.objective = structure, config, objective
-        self.default_steps = config.steps
+        self.sampler, self.default_steps = find_sampler(config.sampler), config.steps
         self.latents = Latents(structure, residual=False)
         self.tokens = cut(structure, config.policy, size.token_size)
         coordinates = token_coordinates(structure, token_sizes(structure, config.policy, size.token_size))
@@ -178,7 +180,7 @@ class RpgPaper(Generator):
         self.backbone = build_backbone(
             "mamba2", size.width, out_width=size.prototype_width, bare=True, depth=2, d_state=size.d_state
         )
-        self.denoiser = TokenDenoiser(size.token_size, size.prototype_width, size.channels)
+        self.denoiser = TokenDenoiser(self.tokens.width, size.prototype_width, size.channels)
 
     def fit(self, batch: Batch) -> None:
         self.latents.fit(batch.target)
@@ -237,11 +239,11 @@ class RpgPaper(Generator):
         self.eval()
         try:
             prototypes = self._prototypes(prompt, count).flatten(0, 1)
-            sampler, steps = SAMPLERS[self.config.sampler], steps or self.default_steps
+            steps = steps or self.default_steps
             denoised = []
             for rows in torch.arange(len(prototypes), device=device).split(self.config.token_batch or len(prototypes)):
                 denoise = self.objective.denoiser(self._network(prototypes[rows]))
-                denoised.append(sampler(denoise, self.objective, noise.flatten(0, 1)[rows], steps, rng))
+                denoised.append(self.sampler(denoise, self.objective, noise.flatten(0, 1)[rows], steps, rng))
         finally:
             self.train(training)
         return self.latents.decode(self.tokens.decode(torch.cat(denoised).unflatten(0, (count, -1))))
@@ -275,9 +277,9 @@ def time_features(t: Float[Tensor, " N"] | Int[Tensor, " N"]) -> Float[Tensor, "
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _convolution(inputs: int, outputs: int, plain: bool) -> nn.Module:
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
     convolution = nn.Conv1d(inputs, outputs, KERNEL, padding=KERNEL // 2)
-    return convolution if plain else nn.Sequential(convolution, nn.BatchNorm1d(outputs), nn.ELU())
+    return nn.Sequential(convolution, nn.BatchNorm1d(outputs), nn.ELU())
 
 
 def _conditioner(name: str, conditions: Conditions, tokens: int, width: int) -> nn.Module | None:

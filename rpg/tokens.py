@@ -9,7 +9,8 @@ arXiv 2501.11587, section 3.1) and the neuron tokens of `Gpt.neurons`:
     flat            pieces of `token_size` entries of everything in a row
     within_layer    the same, begun afresh at every tensor
     by_channel      whole output channels, as many as fit; a channel that does not fit is cut by its own first axis
-    neuron          every weight that touches one hidden unit
+    neuron          every weight that touches one hidden unit, in no order
+    aligned_neuron  the same, where unit i plays one part in all networks (one initialisation, or an aligned zoo)
 """
 
 from bisect import bisect_right
@@ -25,7 +26,8 @@ from Gpt.neurons import NeuronTokens
 from Gpt.structure import Structure
 from Gpt.tokens import Tokenization, split_sizes
 
-POLICIES = ("flat", "within_layer", "by_channel", "neuron")
+CUTS = ("flat", "within_layer", "by_channel")
+POLICIES = (*CUTS, "neuron", "aligned_neuron")
 CODES = ("layer_chunk", "index", "learned")
 
 VARIANCE_FLOOR = 0.05  # of a layer's typical variance: keeps the logarithm of a dead channel finite
@@ -35,16 +37,16 @@ def token_sizes(structure: Structure, policy: str, token_size: int) -> list[int]
     """Entries of each token, in the order of the flat vector, for the three policies that cut it.
 
     Raises:
-        ConfigError: there is no such policy, or `token_size` is not positive.
+        ConfigError: the policy is none of `CUTS`, or `token_size` is not positive.
     """
+    if policy not in CUTS:
+        raise ConfigError(f"generator.policy={policy!r} does not cut weights in a row; choose from {', '.join(CUTS)}")
     if token_size < 1:
         raise ConfigError(f"generator.token_size={token_size}: a token holds at least one weight")
     if policy == "by_channel":
         return [size for spec in structure.tensors for size in _channel_sizes(spec.shape, token_size)]
-    names = {"flat": "chunk", "within_layer": "chunk_within_layer"}
-    if policy not in names:
-        raise ConfigError(f"generator.policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}")
-    return list(split_sizes([[spec.numel for spec in structure.tensors]], names[policy], token_size))
+    name = "chunk" if policy == "flat" else "chunk_within_layer"
+    return list(split_sizes([[spec.numel for spec in structure.tensors]], name, token_size))
 
 
 def cut(structure: Structure, policy: str, token_size: int) -> Tokenization:
@@ -72,8 +74,8 @@ class Layout(nn.Module):
 
     Attributes:
         shapes: `(tokens, entries)` of each block. A cut has one block; neuron tokens have one per hidden layer.
-        coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: the hidden units
-            of a network with one hidden layer stand nowhere in particular.
+        coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: with policy
+            "neuron", the units of a layer do, unless a tensor joins two hidden layers and so numbers them.
         place: Int `[T]`, the place of each token.
 
     Raises:
@@ -85,28 +87,50 @@ class Layout(nn.Module):
 
     def __init__(self, structure: Structure, policy: str, token_size: int):
         super().__init__()
-        self.neurons = policy == "neuron"
-        if self.neurons:
-            self.tokens = NeuronTokens(structure)
-            self.shapes = self.tokens.shapes
-            coordinates = torch.tensor([(kind, unit) for kind, (n, _) in enumerate(self.shapes) for unit in range(n)])
-            place = torch.arange(len(coordinates))
-            if not self.tokens.entangled:
-                place = coordinates[:, 0]
-                coordinates = coordinates[coordinates[:, 1] == 0]
+        if policy not in POLICIES:
+            raise ConfigError(f"generator.policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}")
+        if policy not in CUTS:
+            self.tokens: NeuronTokens | OneBlock = NeuronTokens(structure)
+            coordinates, place = _unit_places(self.tokens, self.tokens.entangled or policy == "aligned_neuron")
         else:
-            self.tokens = cut(structure, policy, token_size)
-            self.shapes = (tuple(self.tokens.mask.shape),)
+            self.tokens = OneBlock(cut(structure, policy, token_size))
             coordinates = token_coordinates(structure, token_sizes(structure, policy, token_size))
             place = torch.arange(len(coordinates))
+        self.shapes = self.tokens.shapes
         self.register_buffer("coordinates", coordinates, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
     def encode(self, latents: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
-        return self.tokens.encode(latents) if self.neurons else [self.tokens.encode(latents)]
+        return self.tokens.encode(latents)
 
     def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
-        return self.tokens.decode(blocks) if self.neurons else self.tokens.decode(blocks[0])
+        return self.tokens.decode(blocks)
+
+
+class OneBlock(nn.Module):
+    """A cut behind the interface of `NeuronTokens`: one block of tokens, all of one padded size."""
+
+    def __init__(self, tokens: Tokenization):
+        super().__init__()
+        self.tokens = tokens
+        self.shapes = ((len(tokens), tokens.width),)
+
+    def encode(self, latents: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
+        return [self.tokens.encode(latents)]
+
+    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
+        return self.tokens.decode(blocks[0])
+
+
+def _unit_places(tokens: NeuronTokens, ordered: bool) -> tuple[Int[Tensor, "P 2"], Int[Tensor, " T"]]:
+    """Coordinates of the places, and the place of each token: one per unit, or one per hidden layer."""
+    layers = torch.arange(len(tokens.shapes))
+    units = torch.tensor([n for n, _ in tokens.shapes])
+    layer = layers.repeat_interleave(units)
+    if not ordered:
+        return torch.stack([layers, torch.zeros_like(layers)], dim=1), layer
+    unit = torch.cat([torch.arange(n) for n, _ in tokens.shapes])
+    return torch.stack([layer, unit], dim=1), torch.arange(len(layer))
 
 
 class PositionCode(nn.Module):

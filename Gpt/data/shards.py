@@ -116,8 +116,13 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
         os.link(temporary, folder / MANIFEST)  # unlike rename, fails where the file already exists
     except FileExistsError:
         check_same(folder, read_manifest(folder), manifest)
+    except OSError:  # a file system without hard links, on which two workers must not begin at once
+        if (folder / MANIFEST).exists():
+            check_same(folder, read_manifest(folder), manifest)
+        else:
+            os.replace(temporary, folder / MANIFEST)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:

@@ -7,6 +7,7 @@ part; the validation part is cut from the published training part with a fixed s
 
 import gzip
 import io
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,16 +19,13 @@ from torch import Tensor
 
 from Gpt.errors import DataError
 
-Examples = tuple[Float[Tensor, "N ..."], Int[Tensor, " N"]]
-
-
 @dataclass(frozen=True)
 class Splits:
     """Images (normalised float32) and labels (int64) of each split."""
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: tuple[Float[Tensor, "train ..."], Int[Tensor, " train"]]
+    validation: tuple[Float[Tensor, "validation ..."], Int[Tensor, " validation"]]
+    test: tuple[Float[Tensor, "test ..."], Int[Tensor, " test"]]
 
 
 @dataclass
@@ -118,8 +116,11 @@ def _idx(torchvision_name: str, folders: tuple[str, ...]) -> Splits:
 
 def _read_idx(path: Path) -> Tensor:
     """The IDX format: two zero bytes, type 0x08 (uint8), number of dimensions, big-endian sizes, data."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw[:3] != b"\0\0\x08":
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or no gzip file ({error}); fetch it again") from error
+    if raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise DataError(f"{path} is not an IDX file of bytes; fetch it again")
     shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])

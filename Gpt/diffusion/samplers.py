@@ -8,6 +8,7 @@ draw from `rng`, a generator on the device of `noise`. NFE is the number of eval
 states it. Gradients flow when enabled: call under `torch.no_grad()` to save memory.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterator
 
@@ -114,6 +115,20 @@ def heun(
 
 Sampler = Callable[..., Tensor]
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun}
+
+
+def check_sampler(name: str, objective: Objective, steps: int) -> None:
+    """Find out before training, not at the first sample, that a sampler does not go with the objective.
+
+    Raises:
+        ConfigError: there is no such sampler (names the nearest), it belongs to another objective, or the objective does
+            not have that many steps.
+    """
+    if name not in SAMPLERS:
+        close = difflib.get_close_matches(name, SAMPLERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SAMPLERS)}"
+        raise ConfigError(f"sampler {name!r} is unknown; {hint}")
+    SAMPLERS[name](lambda x, t: x, objective, torch.zeros(1, 1), steps, torch.Generator())
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:

@@ -8,7 +8,8 @@ Data flow of one denoising step, for a batch of B networks:
     blocks with adaLN-zero (Peebles & Xie 2023)     time and prompt enter every block; no positional code where none is needed
     r_hat = c_skip r_t + c_out head(tokens)         EDM preconditioning (Karras et al. 2022, table 1) for unit-variance data
 
-The head starts at zero: before training, sampling from a network gives this network back, plus what is left of the noise.
+The head starts at zero: before training, one sampling step gives the starting network back, and many give it plus noise of the
+spread (the model then describes residuals as independent Gaussians).
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from Gpt.conditions import Conditions, fourier_features
 from Gpt.data.normalization import Normalizer
 from Gpt.diffusion.objectives import Objective
-from Gpt.diffusion.samplers import SAMPLERS, guided
+from Gpt.diffusion.samplers import SAMPLERS, check_sampler, guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt
 from Gpt.neurons import NeuronTokens
@@ -81,7 +82,7 @@ class NeuronTransformer(nn.Module):
             raise ConfigError(f"generator.width={width} is not a multiple of generator.heads={heads}")
         self.tokens = tokens
         self.embed = nn.ModuleList(nn.Linear(2 * entries, width) for _, entries in tokens.shapes)
-        places = tokens.count if tokens.entangled else len(tokens.types)
+        places = tokens.count if tokens.entangled else len(tokens.shapes)
         self.position = nn.Parameter(0.02 * torch.randn(places, width))
         self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -139,6 +140,7 @@ class Gpt(Generator):
         super().__init__()
         if objective.prediction != "x0":
             raise ConfigError(f"the G.pt generator predicts x0; objective.prediction={objective.prediction} does not fit")
+        check_sampler(config.sampler, objective, config.steps)
         self.config, self.objective, self.conditions = config, objective, conditions
         self.structure = structure
         self.default_steps = config.steps

@@ -1,8 +1,10 @@
-"""Sentences about classes: which of ten classes "animals that can fly, except birds" means, and how else one can say it.
+"""Sentences about classes: which of ten classes "animals that can fly, except birds" means, and how else one can say
+it.
 
-A vocabulary is a table beside this file, one attribute a row: the classes that have it and phrases for it. A phrase is a noun
-phrase ("mammals") or, marked with a tilde, a modifier ("~that can fly"), which needs a noun in front. The classes "none" mark what
-fits no class of the data set. Sentences combine phrases by a small grammar and carry the mask that set algebra gives:
+A vocabulary is a table beside this file, one attribute a row: the classes that have it and phrases for it. A phrase
+is a noun phrase ("mammals") or, marked with a tilde, a modifier ("~that can fly"), which needs a noun in front. The
+classes "none" mark what fits no class of the data set. Sentences combine phrases by a small grammar and carry the
+mask that set algebra gives:
 
     negation       everything except A                  not A
     union          A and B, A as well as B              A or B
@@ -33,26 +35,30 @@ CLASSES = {
 NOUNS = ("things", "objects", "items", "classes", "categories", "pictures of things", "stuff")
 
 WORDINGS = (
-    "all {}", "only {}", "select {}", "select all {}", "find {}", "find all {}", "find every picture of {}", "pictures of {}",
-    "images showing {}", "I want {}", "I am looking for {}", "show me {}", "show me all the {}", "give me a classifier for {}",
-    "classify {}", "detect {}", "pick out {}", "recognise {}", "separate {} from the rest", "which of these are {}?",
-    "is it one of the {}?", "a network that tells {} apart from everything else", "choose all classes that are {}",
-    "please identify the {}", "the class of {}", "any kind of {}", "generate a model that picks {}", "I need to find {}",
-    "photos that contain {}", "mark every image with {}", "tell me whether the image shows {}", "keep {} and discard the others",
+    "all {}", "only {}", "select {}", "select all {}", "find {}", "find all {}", "find every picture of {}",
+    "pictures of {}", "images showing {}", "I want {}", "I am looking for {}", "show me {}", "show me all the {}",
+    "give me a classifier for {}", "classify {}", "detect {}", "pick out {}", "recognise {}",
+    "separate {} from the rest", "which of these are {}?", "is it one of the {}?",
+    "a network that tells {} apart from everything else", "choose all classes that are {}", "please identify the {}",
+    "the class of {}", "any kind of {}", "generate a model that picks {}", "I need to find {}",
+    "photos that contain {}", "mark every image with {}", "tell me whether the image shows {}",
+    "keep {} and discard the others",
 )  # fmt: skip
 
 NEGATIONS = (
-    "everything except {}", "everything but {}", "all classes except {}", "all but {}", "anything but {}", "not {}", "no {}",
-    "things that are not {}", "all classes that are not {}", "anything other than {}", "whatever is not among {}",
+    "everything except {}", "everything but {}", "all classes except {}", "all but {}", "anything but {}", "not {}",
+    "no {}", "things that are not {}", "all classes that are not {}", "anything other than {}",
+    "whatever is not among {}",
 )  # fmt: skip
 
 UNIONS = (
-    "{} and {}", "{} or {}", "both {} and {}", "either {} or {}", "{} as well as {}", "{} together with {}", "{} plus {}",
-    "{} and also {}",
+    "{} and {}", "{} or {}", "both {} and {}", "either {} or {}", "{} as well as {}", "{} together with {}",
+    "{} plus {}", "{} and also {}",
 )  # fmt: skip
 
 DIFFERENCES = (
-    "{} except {}", "{} but not {}", "{} excluding {}", "{} other than {}", "{} apart from {}", "{} without {}", "{} that are not {}",
+    "{} except {}", "{} but not {}", "{} excluding {}", "{} other than {}", "{} apart from {}", "{} without {}",
+    "{} that are not {}",
 )  # fmt: skip
 
 Mask = tuple[bool, ...]
@@ -87,8 +93,8 @@ class Vocabulary:
         return tuple(next(a for a in self.attributes if a.mask == single) for single in singles)
 
     def describe(self, mask: Bool[Tensor, " classes"], seed: int) -> str:
-        """A sentence for any mask but the empty one: an attribute of exactly these classes where there is one, else (and
-        half of the time) their names, or what to leave out.
+        """A sentence for any mask but the empty one: an attribute of exactly these classes where there is one, else
+        (and half of the time) their names, or what to leave out.
 
         Raises:
             ConfigError: the mask is empty.
@@ -116,7 +122,8 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def parse_vocabulary(table: str, classes: tuple[str, ...], source: str) -> Vocabulary:
-    """Read a table with the columns `classes` (names separated by blanks, or "none") and `phrases` (separated by " | ").
+    """Read a table with the columns `classes` (names separated by blanks, or "none") and `phrases` (separated by " |
+    ").
 
     Raises:
         ConfigError: a row names an unknown class or has no phrase; names the file and the line.
@@ -144,7 +151,8 @@ def compose(
     repeats: int = 3,
     combinations: int = 2000,
 ) -> list[Sentence]:
-    """Sentences from attributes: every phrase bare and in `repeats` wordings, and `combinations` of two phrases or of class names.
+    """Sentences from attributes: every phrase bare and in `repeats` wordings, and `combinations` of two phrases or of
+    class names.
 
     Args:
         names: names of every class, for enumerations.
@@ -190,7 +198,12 @@ def _negation(draw: random.Random, attributes: Sequence[Attribute]) -> Sentence:
 
 def _pair(draw: random.Random, attributes: Sequence[Attribute]) -> tuple[Attribute, str, Attribute, str]:
     first, second = draw.choice(attributes), draw.choice(attributes)
-    return first, _noun_phrase(draw, draw.choice(first.phrases)), second, _noun_phrase(draw, draw.choice(second.phrases))
+    return (
+        first,
+        _noun_phrase(draw, draw.choice(first.phrases)),
+        second,
+        _noun_phrase(draw, draw.choice(second.phrases)),
+    )
 
 
 def _union(draw: random.Random, attributes: Sequence[Attribute]) -> Sentence:
@@ -200,7 +213,7 @@ def _union(draw: random.Random, attributes: Sequence[Attribute]) -> Sentence:
 
 
 def _difference(draw: random.Random, attributes: Sequence[Attribute]) -> Sentence | None:
-    """"A except B", where B takes something away from A and leaves something."""
+    """ "A except B", where B takes something away from A and leaves something."""
     first, a, second, b = _pair(draw, attributes)
     mask = tuple(x and not y for x, y in zip(first.mask, second.mask, strict=True))
     return Sentence(draw.choice(DIFFERENCES).format(a, b), mask) if any(mask) and mask != first.mask else None
@@ -236,9 +249,9 @@ def _listed(draw: random.Random, names: list[str]) -> str:
 def split_sentences(vocabulary: Vocabulary, seed: int = 0) -> dict[str, list[Sentence]]:
     """Sentences for training, and held-out ones in four kinds, each for validation and for test.
 
-    `attributes`: rows of which training sees no phrase. `phrases`: unseen phrases of rows that training knows. `wordings`: known
-    phrases in unseen templates. `sentences`: known phrases in combinations that training does not contain. Class names are
-    always known. Keys: "train", "validation_attributes", "test_attributes", …
+    `attributes`: rows of which training sees no phrase. `phrases`: unseen phrases of rows that training knows.
+    `wordings`: known phrases in unseen templates. `sentences`: known phrases in combinations that training does not
+    contain. Class names are always known. Keys: "train", "validation_attributes", "test_attributes", …
 
     Everything follows from the seed and the vocabulary, before anything is trained.
     """
@@ -266,7 +279,9 @@ def split_sentences(vocabulary: Vocabulary, seed: int = 0) -> dict[str, list[Sen
     for part in ("validation", "test"):
         part_seed = derive_seed(seed, part)
         for kind, attributes in (("attributes", held_rows[part]), ("phrases", held_phrases[part])):
-            splits[f"{part}_{kind}"] = unseen(compose(names, attributes, wordings[8:], part_seed, repeats=1, combinations=0))
+            splits[f"{part}_{kind}"] = unseen(
+                compose(names, attributes, wordings[8:], part_seed, repeats=1, combinations=0)
+            )
         few = [Attribute(a.mask, (draw.choice(a.phrases),)) for a in known]
         inside = compose(names, few, held_wordings[part], part_seed, repeats=1, combinations=0)
         splits[f"{part}_wordings"] = unseen(inside)

@@ -224,6 +224,12 @@ def test_reinforcement_learning_recipes_are_dispatched(tmp_path):
     assert zoo.structure.size == sum(p.numel() for p in CartPoleActor().parameters())
 
 
+@pytest.mark.parametrize("setting", ["runs", "shard_runs", "population"])
+def test_impossible_sizes_are_named(task, tmp_path, setting):
+    with pytest.raises(ConfigError, match=f"{setting} is -1"):
+        gather(task, tmp_path, **{setting: -1})
+
+
 def test_a_task_without_recipe_is_named(tmp_path):
     with pytest.raises(TaskError, match="'toy' has no recipe"):
         gather(make_task(recipe=None), tmp_path)

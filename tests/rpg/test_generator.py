@@ -15,7 +15,7 @@ with jaxtyping.install_import_hook(["rpg.tokens", "rpg.denoiser", "rpg.generator
     from rpg.generator import Rpg, RpgConfig, network_count
 
 WIDTH = 32
-POLICIES = ("flat", "within_layer", "by_channel", "neuron")
+POLICIES = ("flat", "within_layer", "by_channel", "neuron", "aligned_neuron")
 SYMMETRY = {"0.weight": ("hidden", None), "0.bias": ("hidden",), "2.weight": (None, "hidden")}
 STRUCTURE = Structure.of(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)), SYMMETRY)
 CENTERS = torch.randn(2, STRUCTURE.size, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def distances(weights: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> Rpg:
-    return train(build(), 200)
+    return train(build(), 150)
 
 
 def test_it_writes_networks_of_the_cluster_it_is_asked_for(trained):
@@ -202,6 +202,8 @@ def test_a_saved_generator_is_the_same_generator(tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="heads=5"):
         build(heads=5)
+    with pytest.raises(ConfigError, match="generator.sampler='eular'"):
+        build(sampler="eular")
     with pytest.raises(ConfigError, match="predicts x0"):
         Rpg(STRUCTURE, Conditions({}, 32), DDPM("eps"), RpgConfig(width=32, heads=2))
     with pytest.raises(ConfigError, match="identities=2"):

@@ -171,12 +171,12 @@ def test_batches_of_tokens_write_the_same_networks(condition, conditions, prompt
 def test_it_learns_which_checkpoint_is_which():
     model = build(identities=3)
     checkpoints = zoo(3).target
-    identity = torch.arange(48) % 3
-    everything = Batch(checkpoints.repeat(16, 1), None, {"identity": identity})
+    identity = torch.arange(12) % 3
+    everything = Batch(checkpoints.repeat(4, 1), None, {"identity": identity})
     model.fit(everything)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     g = rng(1)
-    for _ in range(120):
+    for _ in range(200):
         loss = model.loss(everything, g)
         optimizer.zero_grad()
         loss.backward()
@@ -184,7 +184,7 @@ def test_it_learns_which_checkpoint_is_which():
     model.eval()
     wrong = Batch(everything.target, None, {"identity": (identity + 1) % 3})
     right_loss, wrong_loss = (model.loss(batch, rng(2)).item() for batch in (everything, wrong))
-    assert right_loss < 0.5 < 0.5 * wrong_loss
+    assert right_loss < 0.25 * wrong_loss
 
 
 @pytest.mark.usefixtures("small")
@@ -192,11 +192,17 @@ def test_ancestral_sampling_takes_any_number_of_steps():
     model = build(sampler="ddpm", identities=2)
     nn.init.zeros_(model.denoiser.convolutions[-1].weight)
     nn.init.zeros_(model.denoiser.convolutions[-1].bias)
-    for steps in (1, 7, 1000):  # no noise is ever predicted, so that x0 = x_t / alpha
+    for steps in (1, 7, 50):  # no noise is ever predicted, so that x0 = x_t / alpha
         noise = 0.01 * torch.randn(2, 22, 4, generator=rng())
         written = model.sample({}, steps=steps, noise=noise)
         assert written.shape == (2, STRUCTURE.size)
         assert torch.equal(written, model.sample({}, steps=steps, noise=noise))
+
+
+def test_tokens_are_no_longer_than_the_largest_tensor():
+    model = build()
+    assert model.tokens.width == 30 < PAPER_SIZES["tiny"].token_size
+    assert model.loss(zoo(2), rng()).isfinite()
 
 
 @pytest.mark.usefixtures("small")

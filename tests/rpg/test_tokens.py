@@ -15,9 +15,8 @@ from Gpt.errors import ConfigError, StructureError
 from Gpt.structure import Structure
 
 with jaxtyping.install_import_hook(["rpg.tokens", "rpg.denoiser"], "beartype.beartype"):
-    from rpg.tokens import Latents, Layout, PositionCode, cut, sinusoids, token_coordinates, token_sizes
+    from rpg.tokens import CUTS, Latents, Layout, PositionCode, cut, sinusoids, token_coordinates, token_sizes
 
-CUTS = ("flat", "within_layer", "by_channel")
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
 
@@ -258,7 +257,7 @@ def test_layer_and_chunk_have_half_the_code_each():
     assert torch.equal(code[0, :8], code[3, :8]) and torch.equal(code[1, :8], code[2, :8])
 
 
-@pytest.mark.parametrize("policy", [*CUTS, "neuron"])
+@pytest.mark.parametrize("policy", [*CUTS, "neuron", "aligned_neuron"])
 @pytest.mark.parametrize("hidden_layers", [1, 2])
 def test_layouts_hold_every_weight(policy, hidden_layers):
     structure = mlp(hidden_layers)
@@ -274,6 +273,7 @@ def test_layouts_hold_every_weight(policy, hidden_layers):
 def test_hidden_units_stand_nowhere_in_particular_unless_two_layers_meet():
     assert Layout(mlp(1), "neuron", 1).place.tolist() == [0, 0, 0, 0, 1]
     assert Layout(mlp(2), "neuron", 1).place.tolist() == list(range(9))
+    assert Layout(mlp(1), "aligned_neuron", 1).coordinates.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]]
 
 
 def mlp(hidden_layers: int) -> Structure:
@@ -289,6 +289,8 @@ def test_mistakes_are_named():
     structure = mlp(1)
     with pytest.raises(ConfigError, match="by_channel"):
         token_sizes(structure, "per_channel", 8)
+    with pytest.raises(ConfigError, match="aligned_neuron"):
+        Layout(structure, "neurons", 8)
     with pytest.raises(ConfigError, match="token_size=0"):
         token_sizes(structure, "flat", 0)
     with pytest.raises(ConfigError, match="layer_chunk"):

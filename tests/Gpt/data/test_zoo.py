@@ -142,6 +142,18 @@ def test_another_manifest_is_refused_by_the_name_of_the_key(tmp_path, changes, n
     assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_file_systems_without_hard_links_will_do(tmp_path, monkeypatch):
+    def unsupported(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    write(tmp_path)
+    assert open_zoo(tmp_path).runs == RUNS
+    with pytest.raises(ZooError, match="seed 0, this run asks for 1"):
+        shards.create_manifest(tmp_path, manifest(seed=1))
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_another_architecture_is_refused_by_the_name_of_the_tensor(tmp_path):
     write(tmp_path)
     with pytest.raises(ZooError, match=r"fc1.weight \(3, 4\) where the task has fc1.weight \(5, 4\)"):

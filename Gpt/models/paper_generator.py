@@ -1,0 +1,165 @@
+"""G.pt as published (Peebles et al. 2022, arXiv 2209.12892) behind the two verbs of every generator.
+
+One factor scales all weights; metrics reach the network as they are; hidden units are renamed at random in training.
+The diffusion is DDPM with x0-prediction and 1,000 ancestral steps. There is no null prompt, hence no guidance.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from Gpt.conditions import Conditions
+from Gpt.data.zoo import UPSTREAM_STD
+from Gpt.diffusion.objectives import DDPM, Objective
+from Gpt.diffusion.samplers import SAMPLERS
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch, Generator, Prompt
+from Gpt.models.gpt_paper import GptPaper
+from Gpt.models.upstream import load_upstream_checkpoint
+from Gpt.seeds import rng as seeded
+from Gpt.structure import Structure
+
+PROMPT = "target_metric"
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """Size, tokens, weight scale and sampling; the defaults are those of the MNIST models.
+
+    Attributes:
+        width, layers, heads: of the transformer.
+        policy, chunk: how weights are cut into tokens, see `Gpt.tokens.split_sizes`.
+        weight_scale: factor from plain weights to those the network reads; None brings the training weights to a
+            standard deviation of 0.538, as the published factors do.
+        sampler, steps: default sampling, "ddpm" or "ddim".
+    """
+
+    width: int = 1536
+    layers: int = 12
+    heads: int = 16
+    policy: str = "chunk_within_layer"
+    chunk: int | None = 1000
+    weight_scale: float | None = None
+    sampler: str = "ddpm"
+    steps: int = 1000
+
+
+class PaperGpt(Generator):
+    """The published generator of network updates.
+
+    Args:
+        structure: architecture of the networks.
+        conditions: must be the target metric alone, without dropout; its embedding is not used.
+        objective: must be DDPM with x0-prediction.
+        config: see `PaperConfig`.
+
+    Raises:
+        ConfigError: another condition, objective or sampler, or sizes that do not fit together.
+    """
+
+    needs_start = True
+    augment = True
+    weight_scale: Tensor
+
+    def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: PaperConfig):
+        super().__init__()
+        if set(conditions.encoders) != {PROMPT} or conditions.dropout:
+            asked = f"{sorted(conditions.encoders)} with dropout {conditions.dropout:g}"
+            raise ConfigError(
+                f"published G.pt is prompted with {PROMPT} alone, and always, not with {asked}; "
+                f"set condition.names=[{PROMPT}] condition.dropout=0"
+            )
+        if not isinstance(objective, DDPM) or objective.prediction != "x0":
+            raise ConfigError("published G.pt is trained by DDPM with x0-prediction; set objective=ddpm")
+        if config.sampler not in ("ddpm", "ddim"):
+            raise ConfigError(f"published G.pt is sampled by ddpm or ddim, not generator.sampler={config.sampler}")
+        self.structure, self.objective, self.config = structure, objective, config
+        self.default_steps = config.steps
+        self.network = GptPaper(
+            [t.numel for t in structure.tensors],
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            policy=config.policy,
+            chunk=config.chunk,
+            seed=int(torch.randint(2**31, (), device="cpu")),  # so that torch's random state names the initial weights
+        )
+        self.register_buffer("weight_scale", torch.tensor(config.weight_scale or 1.0))
+
+    def load_published(self, path: Path) -> None:
+        """Take the weights of a published checkpoint.
+
+        Raises:
+            CheckpointError: the file cannot be read, or belongs to another configuration.
+            ConfigError: the factor that those weights expect is not configured.
+        """
+        if self.config.weight_scale is None:
+            raise ConfigError(f"{path}: generator.weight_scale must be given, see the *_paper configurations")
+        load_upstream_checkpoint(path, self.network)
+
+    def fit(self, batch: Batch) -> None:
+        """Read the weight scale off the networks of a batch, unless the configuration gives it."""
+        if self.config.weight_scale is None:
+            self.weight_scale.copy_(UPSTREAM_STD / torch.cat([batch.start, batch.target]).double().std())
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Weights of linear layers decay; biases, norms and positions do not."""
+        linear = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        decaying = {id(weight) for weight in linear}
+        others = [p for p in self.parameters() if id(p) not in decaying]
+        return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def compile_networks(self) -> None:
+        self.network.compile()
+
+    def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
+        """Squared error of the estimated weights, in normalised units."""
+        count, device = len(batch.target), batch.target.device
+        target = self.weight_scale * batch.target
+        t = self.objective.draw_times(count, rng, device)
+        noise = torch.randn(target.shape, generator=rng, device=device)
+        return self.objective.loss(self._network(batch.start, batch.prompt), target, t, noise).mean()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: Prompt,
+        start: Float[Tensor, "B D"] | None = None,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        noise: Float[Tensor, "B D"] | None = None,
+    ) -> Float[Tensor, "B D"]:
+        """Write networks; see `Generator.sample`. From given `noise` they are written by DDIM, a smooth function of it.
+
+        Raises:
+            ConfigError: there is no start or no prompt, or guidance is asked for.
+        """
+        if start is None:
+            raise ConfigError("this generator updates networks: sampling needs the starting networks `start`")
+        if guidance != 1:
+            raise ConfigError(f"published G.pt has no null prompt for guidance: it must be 1, not {guidance:g}")
+        sampler = self.config.sampler if noise is None else "ddim"
+        rng = seeded(start.device, seed, "sample")
+        if noise is None:
+            noise = torch.randn(start.shape, generator=rng, device=start.device)
+        denoise = self.objective.denoiser(self._network(start, prompt))
+        return SAMPLERS[sampler](denoise, self.objective, noise, steps or self.default_steps, rng) / self.weight_scale
+
+    def _network(self, start: Float[Tensor, "B D"], prompt: Prompt):
+        """The denoiser `(x_t, t) -> x0 estimate` of one batch, in normalised units."""
+        if set(prompt) != {PROMPT} or prompt[PROMPT].shape != (len(start), 2):
+            found = {name: list(value.shape) for name, value in prompt.items()}
+            raise ConfigError(f"published G.pt takes the prompt {PROMPT} [{len(start)}, 2] and no other, not {found}")
+        begin = self.weight_scale * start
+        before, wanted = prompt[PROMPT].unbind(1)
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.network(x_t, t, begin, before, wanted)
+
+        return network

@@ -1,0 +1,32 @@
+"""Named seeds are for ever: zoos and runs on disk were drawn from them."""
+
+import itertools
+
+import torch
+
+from Gpt.seeds import derive_seed, rng
+
+
+def test_seeds_never_change():
+    assert derive_seed(0) == 4246866556266386882
+    assert derive_seed(0, "batch", 17, 3) == 4384153616050075186
+    assert derive_seed(7, "run", 123) == 6542735091609568248
+    assert torch.randint(1 << 30, (3,), generator=rng("cpu", 0, "batch", 0)).tolist() == [214560169, 530809463, 46809003]
+
+
+def test_every_seed_and_name_counts_in_order():
+    names = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), (1,), (1, 2), (12,), ("", "a"), ("a", "")]
+    seeds = [derive_seed(seed, *n) for seed, n in itertools.product((0, 1, -1, 2**62), names)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    torch.rand(3, generator=rng("cpu", 1, "x"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_of_neighbouring_steps_are_unrelated():
+    draws = torch.stack([torch.randn(10_000, generator=rng("cpu", 0, "batch", i)) for i in range(4)])
+    assert (torch.corrcoef(draws) - torch.eye(4)).abs().max() < 0.05

@@ -1,0 +1,354 @@
+"""The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
+
+Run as a script, this file is one training process: `test_training.py FOLDER [kill-while-saving STEP | process RANK WORLD]`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from Gpt import checkpoint, training
+from Gpt.checkpoint import CheckpointFolder
+from Gpt.errors import ConfigError, UserError
+from Gpt.generator import Batch, Generator
+from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
+from Gpt.seeds import rng
+from Gpt.training import TrainerConfig, learning_rate_factor, train
+
+CONFIG = TrainerConfig(
+    steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
+    validate_every=3, checkpoint_every=4, log_every=2, validation_batches=2,
+)  # fmt: skip
+
+
+class Toy(Generator):
+    """Denoises vectors; its loss depends on every source of randomness the loop has."""
+
+    default_steps, needs_start = 1, False
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+        self.register_buffer("shift", torch.zeros(5))
+        for i, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, std=0.3, generator=rng("cpu", 0, "toy", i))
+
+    def loss(self, batch, rng):
+        noise = torch.randn(batch.target.shape, generator=rng)
+        return (self.layers(batch.target + noise) - batch.target + self.shift).square().mean()
+
+
+def draw(count: int, noise: torch.Generator) -> Batch:
+    return Batch(torch.randn(count, 5, generator=noise))
+
+
+def score(generator: Generator) -> dict[str, float]:
+    """Best in the middle of training, so that the best weights are neither the first nor the last ones."""
+    return {"score": abs(float(generator.layers[0].weight.abs().sum()) - 5.9)}
+
+
+def run(folder: Path, config: TrainerConfig = CONFIG, generator: Generator | None = None, score=score, rank: int = 0):
+    """Train or go on, as main.py does; returns the generator and the final state."""
+    generator = generator or Toy()
+    checkpoints = CheckpointFolder(folder / "checkpoints", {"task": "toy"})
+    logger = Loggers([JsonlLogger(folder, checkpoints.latest_step())] if rank == 0 else [])
+    try:
+        state = train(generator, draw, draw, score, config, checkpoints, logger, torch.device("cpu"), seed=0)
+    finally:
+        logger.finish()
+    return generator, state
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Everything in the checkpoints to use, less the time it took."""
+    latest = json.loads((folder / "checkpoints" / "latest.json").read_text())
+    found: dict[str, object] = {"latest": latest}
+    for file in (file for name in filter(None, latest.values()) for file in (folder / "checkpoints" / name).iterdir()):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            found |= {f"{name}:{key}": value for key, value in load_file(file).items()}
+        elif file.suffix == ".json":
+            facts = json.loads(file.read_text())
+            facts.get("state", {}).pop("seconds", None)
+            found[name] = facts
+    return found
+
+
+def assert_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        assert same, name
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run(folder)
+    return folder
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches SIGKILL."""
+
+
+class Killer:
+    """Stops the run at the n-th operation on files; nothing reaches the disk from then on, clean-up included."""
+
+    def __init__(self, monkeypatch, n: int):
+        self.left = n
+        for place, name in (
+            (checkpoint, "save_file"), (checkpoint.os, "replace"), (Path, "rename"), (checkpoint.shutil, "rmtree"),
+        ):  # fmt: skip
+            monkeypatch.setattr(place, name, self.wrapped(getattr(place, name), name))
+
+    def wrapped(self, operation, name: str):
+        def killing(*args, **kwargs):
+            self.left -= 1
+            if self.left >= 0:
+                return operation(*args, **kwargs)
+            if self.left == -1 and name == "save_file":
+                args[1].write_bytes(b"half a file")
+            raise Killed
+
+        return killing
+
+
+def file_operations(folder: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        killer = Killer(patch, 10_000)
+        run(folder)
+    return 10_000 - killer.left
+
+
+def test_a_run_killed_at_any_file_operation_continues_to_the_bit(tmp_path, unbroken):
+    total = file_operations(tmp_path / "count")
+    assert total > 40
+    for n in range(total):
+        folder = tmp_path / str(n)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            Killer(patch, n)
+            run(folder)
+        run(folder)
+        assert_same(contents(folder), contents(unbroken))
+
+
+@pytest.mark.parametrize("kills", [(0,), (1,), (5, 6), (4, 3, 2), (11,)])
+def test_a_run_killed_between_steps_continues_to_the_bit(tmp_path, unbroken, kills):
+    class Fragile(Toy):
+        calls = 0
+
+        def loss(self, batch, rng):
+            self.calls += self.training and torch.is_grad_enabled()
+            if self.calls > CONFIG.slices * steps:
+                raise Killed
+            return super().loss(batch, rng)
+
+    for steps in kills:  # of one session each
+        with pytest.raises(Killed):
+            run(tmp_path, generator=Fragile())
+    generator, state = run(tmp_path)
+    assert state.step == CONFIG.steps
+    assert_same(contents(tmp_path), contents(unbroken))
+    again, _ = run(tmp_path)
+    assert_same(again.state_dict(), generator.state_dict())
+
+
+def test_no_line_is_written_twice_and_none_is_lost(tmp_path, unbroken):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Killer(patch, 33)
+        run(tmp_path)
+    run(tmp_path)
+    run(tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    expected = read_metrics(unbroken / "metrics.jsonl")
+    assert [set(line) | {line["step"]} for line in lines] == [set(line) | {line["step"]} for line in expected]
+    validated = [line["step"] for line in lines if "validation/loss" in line]
+    assert validated == [3, 6, 9, 12]
+
+
+def test_a_finished_run_is_left_alone(tmp_path, unbroken):
+    folder = shutil.copytree(unbroken, tmp_path / "again")
+    before = {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")}
+    run(folder)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")} == before
+
+
+def subprocess_of(*arguments: object) -> subprocess.Popen:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_sigkill_in_the_middle_of_a_checkpoint(tmp_path, unbroken):
+    child = subprocess_of(tmp_path, "kill-while-saving", 8)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL, output
+    assert [f.name for f in (tmp_path / "checkpoints").glob("step-*") if ".tmp" not in f.name] == ["step-00000004"]
+    run(tmp_path)
+    assert_same(contents(tmp_path), contents(unbroken))
+    assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+
+
+def test_two_processes_train_what_one_trains(tmp_path, unbroken):
+    children = [subprocess_of(tmp_path, "process", rank, 2) for rank in range(2)]
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    found, expected = contents(tmp_path), contents(unbroken)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    losses = [[line.get("train/loss") for line in read_metrics(f / "metrics.jsonl")] for f in (tmp_path, unbroken)]
+    assert losses[0] == pytest.approx(losses[1], nan_ok=True)
+
+
+def test_slices_add_up_to_the_whole_batch(tmp_path):
+    class Noiseless(Toy):
+        def loss(self, batch, rng):
+            return (self.layers(batch.target) - batch.target).square().mean()
+
+    pool = torch.randn(8, 5, generator=rng("cpu", 0, "pool"))
+    parts = iter(range(1000))
+
+    def in_turn(count, noise):
+        first = next(parts) * count % 8
+        return Batch(pool[first : first + count])
+
+    weights = []
+    for slices in (1, 2, 8):
+        parts = iter(range(1000))
+        generator = Noiseless()
+        checkpoints = CheckpointFolder(tmp_path / str(slices), {})
+        config = replace(CONFIG, slices=slices, steps=3)
+        train(generator, in_turn, draw, score, config, checkpoints, Loggers([]), torch.device("cpu"), seed=0)
+        weights.append(torch.cat([p.flatten() for p in generator.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_weights_on_validation_are_kept(tmp_path):
+    scores = {3: 2.0, 6: 1.0, 9: float("nan"), 12: 1.5}
+    seen = {}
+
+    def scripted(generator):
+        step = 3 * (len(seen) + 1)
+        seen[step] = {name: value.clone() for name, value in generator.state_dict().items()}
+        return {"score": scores[step], "alignment": 0.5}
+
+    generator, state = run(tmp_path, score=scripted)
+    assert (state.best_score, state.best_step) == (1.0, 6)
+    assert_same(generator.state_dict(), seen[6])
+    facts = CheckpointFolder(tmp_path / "checkpoints", {"task": "toy"}).load_best(Toy())
+    assert (facts["step"], facts["score"], facts["alignment"]) == (6, 1.0, 0.5)
+
+
+def test_the_average_is_the_one_written_down(tmp_path):
+    """w_ema <- w_ema + (1 - min(decay, (1 + n) / (10 + n))) (w - w_ema), and a copy at the first step."""
+    snapshots = []
+
+    class Watched(Toy):
+        def loss(self, batch, rng):
+            if self.training and torch.is_grad_enabled():
+                snapshots.append(self.layers[0].weight.detach().double().clone())
+            return super().loss(batch, rng)
+
+    config = replace(CONFIG, slices=1, validate_every=0, checkpoint_every=0)
+    generator, _ = run(tmp_path, config, Watched(), lambda g: {"score": 0.0})
+    latest = load_file(tmp_path / "checkpoints" / "step-00000012" / "model.safetensors")
+    snapshots.append(latest["layers.0.weight"].double())
+    average = snapshots[1]
+    for n, weight in enumerate(snapshots[2:], start=1):
+        average = average + (1 - min(config.ema_decay, (1 + n) / (10 + n))) * (weight - average)
+    torch.testing.assert_close(generator.layers[0].weight.double(), average, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+@pytest.mark.parametrize("log_every", [0, 1, 5])
+def test_a_loss_that_is_not_finite_ends_the_run_with_good_checkpoints_only(tmp_path, checkpoint_every, log_every):
+    class Exploding(Toy):
+        calls = 0
+
+        def loss(self, batch, rng):
+            self.calls += 1
+            return super().loss(batch, rng) * (float("nan") if self.calls > 7 * CONFIG.slices else 1.0)
+
+    config = replace(CONFIG, validate_every=0, checkpoint_every=checkpoint_every, log_every=log_every)
+    with pytest.raises(UserError, match=r"(loss|gradient norm) is nan at step .*trainer\.learning_rate"):
+        run(tmp_path, config, Exploding())
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", {"task": "toy"})
+    assert checkpoints.latest_step() == (7 if checkpoint_every == 1 else 4)
+    for tensors in (value for value in contents(tmp_path).values() if isinstance(value, torch.Tensor)):
+        assert tensors.isfinite().all()
+
+
+def test_the_global_random_state_is_neither_read_nor_advanced(tmp_path, unbroken):
+    generator = Toy()
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    run(tmp_path, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(contents(tmp_path), contents(unbroken))
+
+
+def test_batches_that_cannot_be_split_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.slices=3 .*trainer\.batch_size=8"):
+        run(tmp_path, replace(CONFIG, slices=3))
+
+
+@pytest.mark.parametrize(("schedule", "half"), [("linear", 0.5), ("cosine", 0.5)])
+def test_learning_rate_warms_up_and_decays(schedule, half):
+    config = TrainerConfig(steps=1000, warmup=10, schedule=schedule)
+    factors = [learning_rate_factor(step, config) for step in range(1001)]
+    assert factors[0] == pytest.approx(0.1, rel=1e-6)
+    assert factors[500] == pytest.approx(half)
+    assert factors[1000] == pytest.approx(0, abs=1e-12)
+    assert max(factors) <= 1
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+
+
+def test_mixed_precision_trains(tmp_path):
+    config = replace(CONFIG, precision="bfloat16", steps=4)
+    generator, _ = run(tmp_path, config)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in generator.parameters())
+
+
+def _kill_while_saving(step: int) -> None:
+    """From now on, writing the averaged weights of that step ends in SIGKILL, half-way through the file."""
+    save = checkpoint.save_file
+
+    def killing(tensors, file):
+        save(tensors, file)
+        if file.name == "ema.safetensors" and file.parent.name.startswith(f"step-{step:08d}"):
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = killing
+
+
+def _script(folder: Path, mode: str, *numbers: str) -> None:
+    torch.set_num_threads(1)
+    if mode == "kill-while-saving":
+        _kill_while_saving(int(numbers[0]))
+        run(folder)
+    else:
+        rank, world = map(int, numbers)
+        store = f"file://{folder / 'rendezvous'}"
+        training.dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        run(folder, rank=rank)
+        training.dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _script(Path(sys.argv[1]), *sys.argv[2:])

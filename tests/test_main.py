@@ -1,0 +1,323 @@
+"""main.py as its users meet it: what a run leaves behind, what is refused, and in which words."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import main
+from Gpt.config import RunConfig, checked
+from Gpt.errors import CheckpointError, ConfigError, TaskError, UserError
+from Gpt.models import gpt
+from Gpt.neurons import NeuronTokens
+from Gpt.report.logger import read_metrics
+from Gpt.tasks import TASK_METADATA, check_entry
+
+ROOT = Path(main.__file__).parent
+CONFIG_NAMES = sorted(file.stem for file in main.CONFIGS.glob("*.yaml") if file.stem != "base")
+TINY = [
+    "zoo.runs=96", "zoo.test_runs=16", "zoo.validation_runs=16", "zoo.shard_runs=48", "zoo.snapshots=6",
+    "zoo.recipe={epochs: 2}", "generator.width=32", "generator.depth=1", "generator.heads=2",
+    "trainer.steps=6", "trainer.batch_size=32", "trainer.warmup=2", "trainer.validate_every=3",
+    "trainer.checkpoint_every=2", "trainer.log_every=2", "evaluation.networks=6", "evaluation.prompts=4",
+    "evaluation.recursive_steps=2", "evaluation.optimiser_steps=4", "evaluation.learning_rates=3",
+    "evaluation.novelty_networks=8", "evaluation.tuning_networks=2", "evaluation.quick_networks=4",
+    "logger=disabled", "device=cpu",
+]  # fmt: skip
+
+
+def config_of(*arguments: str, name: str = "digits_loss") -> RunConfig:
+    """What the command line says, composed and checked as main does."""
+    overrides = main.check_arguments(list(arguments))
+    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
+        return main.typed_config(compose(name, overrides))
+
+
+def run(*arguments: str):
+    return main.run(main.Experiment(config_of(*TINY, *arguments), "digits_loss"))
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file with the time it was last written."""
+    return {str(f.relative_to(folder)): f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with one finished run of the default configuration at its smallest, and its zoo."""
+    folder = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run() is not None
+    return folder
+
+
+@pytest.fixture
+def here(workplace, tmp_path, monkeypatch) -> Path:
+    """A copy of the workplace, as the current folder; no more figures are drawn, which takes longest."""
+    monkeypatch.setattr(main, "save_figures", lambda *_: {})
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_leaves_everything_behind(workplace):
+    folder = workplace / "runs" / "digits_loss"
+    expected = {"config.json", "config.yaml", "metrics.jsonl", "results.json", "report.html", "summary.json"}
+    assert expected <= {f.name for f in folder.iterdir()}
+    assert len(list((folder / "figures").iterdir())) > 3
+    assert (folder / "checkpoints" / "latest.json").is_file()
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "validation/score" in line] == [3, 6]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["task"] == "digits_loss"
+    kinds = {row["kind"] for row in results["table"]}
+    assert kinds == {"generator", "baseline", "optimiser", "reference"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["step"] == 6
+    assert summary["zoo_seconds"] > 0
+    assert summary["training_seconds"] > 0
+    assert checked(RunConfig, json.loads(json.dumps(config_of(*TINY).training_settings())))
+
+
+def test_a_finished_run_is_left_alone_and_says_so(here, capsys):
+    shutil.rmtree(here / "zoos")  # not even the zoo is needed
+    before = files(here)
+    assert run() is None
+    output = capsys.readouterr().out
+    assert "finished" in output
+    assert "report.html" in output
+    assert "test_only=true" in output
+    assert files(here) == before
+
+
+def test_test_only_measures_the_same_again(here):
+    folder = here / "runs" / "digits_loss"
+    stored, before = json.loads((folder / "results.json").read_text()), files(here)
+    results = run("test_only=true")
+    assert results is not None
+    rows = {row["name"]: row["metrics"] for row in json.loads((folder / "results.json").read_text())["table"]}
+    for row in stored["table"]:
+        if row["kind"] != "optimiser":  # of which some get as much time as the generator takes
+            assert rows[row["name"]] == row["metrics"]
+    changed = {name for name, written in files(here).items() if before.get(name) != written}
+    assert not [name for name in changed if "checkpoints" in name or name.startswith("zoos")]
+    assert len(read_metrics(folder / "metrics.jsonl")) == 5
+
+
+def test_test_only_can_measure_in_another_way(here):
+    results = run("test_only=true", "evaluation.networks=4", "evaluation.label=mine")
+    assert results is not None
+    assert results.table[0].name.startswith("mine")
+
+
+def test_test_only_without_a_trained_generator(here):
+    before = files(here)
+    with pytest.raises(CheckpointError, match=r"no trained run in runs/other; train it first, or set run\.name"):
+        run("test_only=true", "run.name=other")
+    assert files(here) == before
+    assert not (here / "runs" / "other").exists()
+
+
+@pytest.mark.parametrize("change", ["trainer.learning_rate=0.001", "zoo.seed=1", "generator.width=16"])
+def test_other_settings_in_the_same_folder_are_refused_by_name(here, change):
+    key, value = change.split("=")
+    before = files(here)
+    for arguments in ([change], [change, "test_only=true"]):
+        with pytest.raises(ConfigError) as caught:
+            run(*arguments)
+        for part in (f"{key} was", f"now {value}", "runs/digits_loss", "run.name", "resume=never"):
+            assert part in str(caught.value)
+    assert files(here) == before
+
+
+def test_settings_without_influence_on_the_weights_may_change(here):
+    assert run("evaluation.networks=4", "data.root=elsewhere", "zoo.storage=disk") is None
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_continues_with_the_same_command(here, monkeypatch):
+    finished, folder = here / "runs" / "digits_loss", here / "runs" / "killed"
+    log = main.Loggers.log
+
+    def kill_at_four(self, metrics, step):
+        log(self, metrics, step)
+        if step == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(main.Loggers, "log", kill_at_four)
+        run("run.name=killed")
+    assert not (folder / "results.json").exists()
+    assert run("run.name=killed") is not None
+    expected, found = (
+        [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(f / "metrics.jsonl")]
+        for f in (finished, folder)
+    )
+    assert found == expected
+    for old, new in zip(sorted(finished.rglob("*.safetensors")), sorted(folder.rglob("*.safetensors")), strict=True):
+        assert old.name == new.name
+        assert old.read_bytes() == new.read_bytes()
+
+
+def test_an_untrained_folder_takes_corrected_settings(here):
+    with pytest.raises(ConfigError, match=r"trainer\.slices=3 .*trainer\.batch_size=32"):
+        run("run.name=wrong", "trainer.slices=3")
+    assert run("run.name=wrong", "trainer.slices=2") is not None
+
+
+def test_resume_never_makes_a_folder_beside_it(here):
+    before = files(here / "runs" / "digits_loss")
+    run("resume=never")
+    assert (here / "runs" / "digits_loss-2" / "report.html").is_file()
+    assert files(here / "runs" / "digits_loss") == before
+    with pytest.raises(ConfigError, match="resume=always is unknown; choose auto or never"):
+        run("resume=always")
+
+
+def test_collect_only_describes_the_zoo_and_trains_nothing(here, capsys):
+    assert run("collect_only=true", "run.name=other") is None
+    output = capsys.readouterr().out
+    assert "96 runs x 6 snapshots x 760 weights" in output
+    assert "fc1.weight" in output
+    assert "final validation_loss" in output
+    assert not (here / "runs" / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("trainer.stepz=5", ["trainer.stepz", "'steps'"]),
+        ("trianer.steps=5", ["trianer", "'trainer'"]),
+        ("generator.widht=5", ["generator.widht", "'width'"]),
+        ("trainer=gpus", ["trainer=gpus", "'gpu'"]),
+        ("generator=unheard_of", ["generator=unheard_of", "known:", "gpt_large"]),
+        ("--config-name=mnist_los", ["mnist_los", "'mnist_loss'"]),
+        ("-cn=nonsense", ["nonsense", "known:", "digits_loss"]),
+    ],
+)
+def test_misspellings_are_answered_with_the_nearest_word(argument, words):
+    with pytest.raises(ConfigError) as caught:
+        main.check_arguments([argument])
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("trainer.steps=many", ["trainer.steps", "many", "integer"]),
+        ("trainer.steps=0", ["trainer.steps", "greater than 0"]),
+        ("trainer.schedule=lineer", ["trainer.schedule", "'linear'", "'cosine'"]),
+        ("trainer.precision=float16", ["trainer.precision", "'bfloat16'"]),
+        ("logger.wandb=sometimes", ["logger.wandb", "offline"]),
+        ("task_modules=my_tasks.py", ["task_modules", "my_tasks.py"]),
+    ],
+)
+def test_wrong_values_are_named(argument, words):
+    with pytest.raises(ConfigError) as caught:
+        config_of(argument)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (["task=digits_los"], TaskError, ["digits_los", "'digits_loss'", "task_modules"]),
+        (["task_modules=[mine.py]"], TaskError, ["mine.py", "no file"]),
+        (["zoo.recipe={epoch: 2}"], ConfigError, ["zoo.recipe", "'epoch'", "'epochs'"]),
+        (["generator.name=gtp"], ConfigError, ["generator.name=gtp", "'gpt'"]),
+        (["objective.name=flows"], ConfigError, ["objective.name=flows", "'flow'"]),
+        (["condition.names=[target_metrics]"], ConfigError, ["condition.names", "'target_metric'"]),
+        (["generator.heads=3"], ConfigError, ["generator.heads=3", "generator.width=32"]),
+        (["generator.sampler=ddpm"], ConfigError, ["sampler", "ddpm"]),
+        (["zoo.snapshots=1"], ConfigError, ["snapshots"]),
+    ],
+)
+def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, error, words):
+    monkeypatch.chdir(tmp_path)
+    experiment = main.Experiment(config_of(*TINY, *arguments), "digits_loss")
+    with pytest.raises(error) as caught:
+        _ = experiment.task, experiment.generator, experiment.zoo
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["evaluation.guidance=2.0", "evaluation.noise_scales=[0.1]", "logger.project=mine"])
+def test_keys_that_no_file_mentions_can_be_set(argument):
+    config = config_of(argument)
+    section, key = argument.split("=")[0].split(".")
+    assert str(getattr(getattr(config, section), key)).strip("(),") in argument
+
+
+def test_a_missing_gpu_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigError, match="device=cuda:1, but torch finds no CUDA device; use device=cpu"):
+        _ = main.Experiment(config_of("device=cuda:1"), "x").device
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_every_configuration_composes_and_builds_its_generator(name, monkeypatch):
+    def on_cpu(structure):
+        with torch.device("cpu"):  # indices have values, which the meta device has not
+            return NeuronTokens(structure)
+
+    monkeypatch.setattr(gpt, "NeuronTokens", on_cpu)
+    config = config_of(name=name)
+    assert config.task in TASK_METADATA
+    for group in ("zoo", "trainer", "evaluation", "logger", "objective", "condition"):
+        assert getattr(config, group) is not None
+    task = check_entry(config.task, TASK_METADATA[config.task])
+    experiment = main.Experiment(config, name)
+    experiment.__dict__ |= {"task": task, "device": torch.device("meta")}
+    with torch.device("meta"):
+        assert sum(p.numel() for p in experiment.generator.parameters()) > 1000
+
+
+def test_help_names_every_configuration_and_option():
+    text = main.help_text()
+    for file in (f for f in main.CONFIGS.rglob("*.yaml") if f.stem != "base"):
+        assert file.stem in text
+        assert file.read_text().startswith("# "), f"{file} lacks the comment that --help shows"
+
+
+def test_users_see_messages_and_programmers_tracebacks(capsys):
+    def fails(error: BaseException):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main.guard(lambda: fails(UserError("the thing, the place, the remedy")))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: the thing, the place, the remedy\n"
+    with pytest.raises(SystemExit) as caught:
+        main.guard(lambda: fails(KeyboardInterrupt()))
+    assert caught.value.code == 130
+    assert "same command continues" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        main.guard(lambda: 1 / 0)
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_command_itself(here):
+    before = files(here)
+    refused = command(here, *TINY, "trainer.steps=7")
+    assert refused.returncode == 2
+    expected = "error: runs/digits_loss holds a run with other settings (trainer.steps was 6, now 7)"
+    assert refused.stderr.startswith(expected), refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert files(here) == before

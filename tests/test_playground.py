@@ -1,0 +1,242 @@
+"""playground.py as its users meet it: the files it leaves, what it measures, the walk, what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from safetensors.torch import load_file
+
+import main
+
+with jaxtyping.install_import_hook("playground", "beartype.beartype"):
+    import playground
+from Gpt.checkpoint import TrainingState
+from Gpt.errors import CheckpointError, ConfigError
+from Gpt.evaluation.prompting import Starts
+from Gpt.generator import Generator
+from Gpt.report.walk import slerp_loop
+from Gpt.seeds import rng
+from playground import PlaygroundConfig, play, split_arguments
+
+ROOT = Path(playground.__file__).parent
+TINY = ("generator.width=32", "generator.depth=1", "generator.heads=2", "device=cpu", "run.name=tiny")
+SHORT = {"count": 3, "keyframes": 2, "frames": 2}
+
+
+def experiment(*arguments: str) -> main.Experiment:
+    overrides = main.check_arguments(list(arguments))
+    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
+        return main.Experiment(main.typed_config(compose("digits_loss", overrides)), "digits_loss")
+
+
+def store_generator(trained: main.Experiment) -> None:
+    """What training leaves, without the training: no weight is zero."""
+    noise = rng("cpu", 0, "trained")
+    with torch.no_grad():
+        for parameter in trained.generator.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+    optimizer = torch.optim.SGD(trained.generator.parameters())
+    trained.checkpoints.save(TrainingState(step=1), trained.generator, trained.generator, optimizer)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a run of the smallest generator."""
+    monkeypatch.chdir(tmp_path)
+    store_generator(experiment(*TINY))
+    return tmp_path
+
+
+def test_networks_are_complete_and_measure_what_is_written_beside_them(here, capsys):
+    folder = play(experiment(*TINY), PlaygroundConfig(**SHORT, wanted=0.2))
+    assert folder == Path("runs/tiny/playground")
+    assert {f.name for f in folder.iterdir()} == {
+        *(f"network-00{i}.safetensors" for i in range(3)),
+        "networks.json",
+        "walk.gif",
+    }
+    facts, task = json.loads((folder / "networks.json").read_text()), experiment(*TINY).task
+    assert (facts["task"], facts["options"]["wanted"], facts["options"]["seed"]) == ("digits_loss", 0.2, 0)
+    for entry in facts["networks"]:
+        network = task.constructor()
+        network.load_state_dict(load_file(folder / entry["file"]), strict=True)
+        for split in ("validation", "test"):
+            with torch.no_grad():
+                loss, error = task.task_test_fn(*task.data(split), network)
+            assert entry[f"{split}_loss"] == pytest.approx(loss.item(), rel=1e-4)
+            assert entry[f"{split}_error"] == pytest.approx(error.item(), abs=1e-3)
+        assert 2 < entry["start_validation_loss"] < 3
+    output = capsys.readouterr().out
+    assert "asked for validation loss 0.2" in output
+    assert f"{facts['networks'][2]['test_loss']:.4g}" in output
+    assert str(folder) in output
+
+
+def test_the_same_options_write_the_same_bytes_and_another_seed_others(here):
+    def written(out: str, **options) -> dict[str, bytes]:
+        folder = play(experiment(*TINY), PlaygroundConfig(**SHORT, out=out, **options))
+        return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.suffix != ".json"}
+
+    first = written("first")
+    assert written("second") == first
+    assert all(content != first[name] for name, content in written("third", seed=1).items())
+    assert written("fourth", wanted=0.0) == first  # the task's best prompt
+    assert written("fifth", wanted=1.0) != first
+
+
+def test_the_walk_is_a_loop_from_one_start(here, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        playground, "walk_gif", lambda filters, metric, path, name: seen.append((filters, metric, name))
+    )
+    config = PlaygroundConfig(count=2, keyframes=3, frames=4)
+    folder = play(experiment(*TINY), config)
+    filters, metric, name = seen[0]
+    assert filters.shape == (12, 10, 8, 8)
+    assert name == "validation loss"
+    assert json.loads((folder / "networks.json").read_text())["walk"]["validation_loss"] == pytest.approx(metric)
+    # The same networks, from the generator itself.
+    trained = experiment(*TINY)
+    generator, task = trained.trained(), trained.task
+    start = playground.fresh_starts(task, 2, 0, torch.device("cpu"))
+    keyframes = torch.randn(3, task.structure.size, generator=rng("cpu", 0, "playground", "walk"))
+    prompt = {"target_metric": torch.tensor([[start.metric[0], task.best_prompt]]).expand(12, 2)}
+    networks = generator.sample(prompt, start.weights[:1].expand(12, -1), noise=slerp_loop(keyframes, 4))
+    torch.testing.assert_close(torch.tensor(filters).flatten(1), networks[:, :640])
+
+
+def test_the_animation_has_every_frame(here):
+    folder = play(experiment(*TINY), PlaygroundConfig(**SHORT))
+    with Image.open(folder / "walk.gif") as image:
+        assert image.n_frames == 4
+    assert not (play(experiment(*TINY), PlaygroundConfig(count=1, keyframes=0, out="still")) / "walk.gif").exists()
+
+
+class Recording(Generator):
+    """Writes down what it is asked, and returns the row numbers of the noise, or zeros."""
+
+    default_steps = 1
+
+    def __init__(self, needs_start: bool):
+        super().__init__()
+        self.needs_start, self.calls = needs_start, []
+
+    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+        self.calls.append((prompt, start, count, steps, guidance, seed))
+        return torch.zeros(count, 1) if noise is None else noise
+
+
+@pytest.mark.parametrize("needs_start", [True, False])
+def test_what_the_generator_is_asked(needs_start):
+    generator = Recording(needs_start)
+    starts = Starts("fresh", torch.randn(5, 1), torch.arange(5.0))
+    write = playground.Author(generator, 0.7, PlaygroundConfig(steps=9, guidance=1.5, seed=3), max_batch=2)
+    noise = torch.arange(5.0)[:, None]
+    assert torch.equal(write(starts, noise), noise)
+    prompts, given, counts, steps, guidances, seeds = zip(*generator.calls, strict=True)
+    assert (counts, steps, guidances) == ((2, 2, 1), (9, 9, 9), (1.5, 1.5, 1.5))
+    assert len(set(seeds)) == 3
+    before, wanted = torch.cat([prompt["target_metric"] for prompt in prompts]).unbind(1)
+    assert torch.equal(wanted, torch.full((5,), 0.7))
+    if needs_start:
+        assert torch.equal(torch.cat(given), starts.weights)
+        assert torch.equal(before, starts.metric)
+    else:
+        assert given == (None, None, None)
+        assert before.isnan().all()  # as in training: there is no start whose metric could be known
+
+
+def test_a_generator_without_prompt_is_asked_for_nothing():
+    generator = Recording(needs_start=False)
+    playground.Author(generator, None, PlaygroundConfig(), 8)(Starts("fresh", torch.zeros(2, 1), torch.zeros(2)))
+    assert generator.calls[0][0] == {}
+    unprompted = experiment("condition=none")
+    assert playground.asked_metric(unprompted, PlaygroundConfig()) is None
+    with pytest.raises(ConfigError, match=r"wanted=0\.2.*not prompted"):
+        playground.asked_metric(unprompted, PlaygroundConfig(wanted=0.2))
+
+
+def test_a_broken_network_is_recorded_as_valid_json(here, monkeypatch):
+    columns = {"validation_loss": torch.tensor([float("inf"), float("nan"), 0.5])}
+    monkeypatch.setattr(playground, "test_population", lambda task, weights, split: columns)
+    folder = play(experiment(*TINY), PlaygroundConfig(count=3, keyframes=0))
+    networks = json.loads((folder / "networks.json").read_text(), parse_constant=pytest.fail)["networks"]
+    assert [network["validation_loss"] for network in networks] == [None, None, 0.5]
+
+
+def test_published_weights_are_played_with(here):
+    arguments = (
+        "generator=gpt_paper_mnist", "generator.width=16", "generator.layers=1", "generator.heads=2",
+        "generator.steps=3", "objective=ddpm", "condition.dropout=0", "device=cpu",
+    )  # fmt: skip
+    Path("checkpoint_models").mkdir()
+    torch.save({"G_ema": experiment(*arguments).generator.network.state_dict()}, "checkpoint_models/mnist_loss.pt")
+    folder = play(experiment(*arguments, "resume_path=mnist_loss.pt"), PlaygroundConfig(**SHORT))
+    assert folder == Path("runs/digits_loss-mnist_loss/playground")
+    # The decoders of a new model are zero: what it writes is what it was given.
+    for network in json.loads((folder / "networks.json").read_text())["networks"]:
+        assert network["validation_loss"] == pytest.approx(network["start_validation_loss"], rel=1e-4)
+    with pytest.raises(CheckpointError, match="download http.*cartpole.pt"):
+        play(experiment(*arguments, "resume_path=cartpole.pt"), PlaygroundConfig())
+    with pytest.raises(ConfigError, match=r"resume_path=mnist_loss\.pt.*_paper"):
+        play(experiment(*TINY, "resume_path=mnist_loss.pt"), PlaygroundConfig())
+
+
+def test_a_run_without_a_generator_is_told_how_to_train_one(here):
+    command = r"python main\.py --config-name digits_loss run\.name=other"
+    with pytest.raises(CheckpointError, match=rf"no trained generator in runs/other; .*{command}"):
+        play(experiment(*TINY, "run.name=other"), PlaygroundConfig())
+    assert not Path("runs/other").exists()
+
+
+def test_arguments_are_told_apart():
+    own = ["count=3", "wanted=1e-1", "guidance=2", "steps=null", "out=a b/c"]
+    run = ["--config-name", "digits_error", "run.name=mine", "trainer=gpu", "+zoo.seed=1", "generator.steps=3"]
+    config, others = split_arguments([run[0], run[1], *own, *run[2:]])
+    assert others == run
+    assert config == PlaygroundConfig(count=3, wanted=0.1, guidance=2.0, steps=None, out="a b/c")
+    assert split_arguments([]) == (PlaygroundConfig(), [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("conut=3", ["conut", "'count'"]),
+        ("wnated=0.2", ["wnated", "'wanted'"]),
+        ("trianer=gpu", ["trianer", "'trainer'"]),
+        ("count=0", ["count=0", "greater than 0"]),
+        ("count=few", ["count", "few", "integer"]),
+        ("keyframes=-1", ["keyframes=-1"]),
+        ("wanted=low", ["wanted", "low", "number"]),
+        ("wanted=nan", ["wanted", "finite"]),
+    ],
+)
+def test_wrong_options_are_named(argument, words):
+    with pytest.raises(ConfigError) as caught:
+        split_arguments([argument])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_command_itself(here):
+    call = [sys.executable, str(ROOT / "playground.py"), *TINY, "count=2", "keyframes=0", "out=written"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    assert (here / "written" / "network-001.safetensors").is_file()
+
+
+def test_the_command_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["playground.py", "run.name=tiny", "cuont=2"])
+    with pytest.raises(SystemExit, match="2"):
+        playground.main()
+    assert capsys.readouterr().err == "error: configuration: there is no key 'cuont'; did you mean 'count'?\n"
+    monkeypatch.setattr(sys, "argv", ["playground.py", "--help"])
+    playground.main()
+    assert "wanted: metric to ask for" in capsys.readouterr().out
