@@ -49,11 +49,10 @@ class MetricScale(nn.Module):
         values = values[torch.isfinite(values)].double().flatten().sort().values
         positions = torch.linspace(0, len(values) - 1, len(self.knots), dtype=torch.float64)
         knots = values[positions.round().long().to(values.device)]
-        # Equal metrics must not make a step of zero width, in float32 neither, or the inverse would divide by zero.
+        # Equal knots are moved up, one gap after the other: a step of zero width would have no inverse, in float32 too.
         gap = torch.maximum((values[-1] - values[0]) * 1e-4, values.abs().max() * 1e-6).clamp_min(1e-10)
-        steps = torch.arange(len(knots), device=knots.device)
-        knots = torch.cummax(knots + gap * steps, dim=0).values
-        self.knots.copy_(knots)
+        gaps = gap * torch.arange(len(knots), device=knots.device)
+        self.knots.copy_(torch.cummax(knots - gaps, dim=0).values + gaps)
         self.center.copy_(values.mean())
         self.spread.copy_(values.std().clamp_min(1e-6))
 

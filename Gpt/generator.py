@@ -46,6 +46,10 @@ class Generator(nn.Module):
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weights of the hidden linear layers, which Muon may train; embeddings, heads and modulation are not among them."""
+        return []
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """What the optimiser is given: parameters, and the weight decay of each group."""
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]

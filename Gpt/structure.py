@@ -133,7 +133,7 @@ class Structure:
         if weights.shape[-1] != self.size:
             raise StructureError(f"flat weights have {weights.shape[-1]} entries, the architecture has {self.size}")
         lead = weights.shape[:-1]
-        return {t.name: weights[..., t.slice].reshape(*lead, *t.shape) for t in self.tensors}
+        return {t.name: weights[..., t.slice].reshape([*lead, *t.shape]) for t in self.tensors}
 
     def state_dict(self, weights: Float[Tensor, " D"]) -> dict[str, Tensor]:
         """The complete state_dict of one network: original key order and dtypes, ties and fixed tensors restored."""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from Gpt.checkpoint import CheckpointFolder, TrainingState
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
+from Gpt.muon import MuonAdamW
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
 
@@ -37,7 +38,8 @@ class TrainerConfig:
         batch_size: examples per step, over all processes and slices.
         slices: equal parts of a batch that are drawn and differentiated one after the other; a multiple of the number
             of processes. More slices need less memory.
-        warmup: steps of linear warm-up; then the learning rate falls linearly to zero ("linear") or along a cosine.
+        muon_learning_rate: of the hidden matrices, which then go to Muon instead of AdamW, see `Gpt.muon`.
+        warmup: steps of linear warm-up; then the learning rates fall linearly to zero ("linear") or along a cosine.
         max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
         ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
         precision: "float32"; "tf32" for its faster matrix products, in training and sampling; "bfloat16" for automatic
@@ -51,6 +53,7 @@ class TrainerConfig:
     batch_size: PositiveInt = 256
     slices: PositiveInt = 1
     learning_rate: float = 4e-3
+    muon_learning_rate: float | None = None
     schedule: Literal["linear", "cosine"] = "linear"
     warmup: int = 50
     weight_decay: float = 0.0
@@ -95,7 +98,7 @@ def train(
             f"trainer.batch_size={config.batch_size}"
         )
     ema = AveragedModel(generator, multi_avg_fn=_ema(config.ema_decay))
-    optimizer = _adamw(generator, config, device)
+    optimizer = _optimizer(generator, config, device)
     state = checkpoints.load(generator, ema.module, optimizer) if checkpoints.exists() else TrainingState()
     ema.n_averaged.fill_(state.step)
     if config.compile:
@@ -128,7 +131,7 @@ def train(
             break
 
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(state.step, config)
+            group["lr"] = group["peak_lr"] * learning_rate_factor(state.step, config)
         for part in range(rank, config.slices, world):
             noise = rng(device, seed, "batch", state.step, part)
             batch = draw(config.batch_size // config.slices, noise)
@@ -176,13 +179,18 @@ class _Loss(nn.Module):
         return self.generator.loss(batch, noise)
 
 
-def _adamw(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        generator.parameter_groups(config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=device.type == "cuda",
-    )
+def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the generator's groups; its hidden matrices go to Muon where `muon_learning_rate` is set."""
+    groups = generator.parameter_groups(config.weight_decay)
+    matrices = generator.hidden_matrices() if config.muon_learning_rate else []
+    if matrices:
+        taken = {id(p) for p in matrices}
+        groups = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+        groups.append({"params": matrices, "muon": True, "lr": config.muon_learning_rate, "weight_decay": 0.0})
+    optimizer = MuonAdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type == "cuda")
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return optimizer
 
 
 def _ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

@@ -24,7 +24,7 @@ class Prototypes(nn.Module):
     """What each place should hold, given the request: `[B, width] -> [B, P, width]`.
 
     Neighbouring sinusoids are nearly parallel; the token table, of rank `rank`, gives every place a direction of its
-    own. The sequence model reads both ways, so that early layers know of late ones.
+    own. A sequence model reads them both ways, so that early layers know of late ones.
     """
 
     def __init__(self, layout: Layout, position: str, width: int, rank: int, backbone: str, depth: int):

@@ -4,7 +4,7 @@ Recurrent parameter generation (Wang et al. 2025, arXiv 2501.11587) lets a seque
 and denoises every token by itself, given its prototype. Kept here: tokens of a complete state_dict, positions,
 prototypes, run identities. Different, and why:
 
-    a small sequence model that reads both ways        its input never depends on the data, and it took most of the time
+    the sequence model is small and reads both ways    its input never depends on the data, and it took most of the time
     a low-rank table beside the sinusoids              neighbouring places are hard to tell apart by sinusoids alone
     latents are deviations from the mean checkpoint    what all networks share need not be learned
     tokens meet in a transformer as they are denoised  the weights of one network depend on each other
@@ -37,10 +37,12 @@ class RpgConfig:
     """Tokens, size and sampling defaults.
 
     Attributes:
-        policy, token_size: how the weights are cut, see `rpg.tokens`; neuron tokens have a size of their own.
+        policy, token_size: how the weights are cut, see `rpg.tokens`; neuron tokens have a size of their own. Choose
+            "aligned_neuron" where networks share an initialisation or the zoo is aligned.
         position: code of a token's place: layer_chunk, index or learned.
         width, depth, heads: of the denoiser, a transformer; prototypes have the same width.
-        backbone, backbone_depth, rank: the sequence model that writes prototypes, and the rank of its token table.
+        backbone, backbone_depth, rank: what writes prototypes, see `rpg.backbones`, and the rank of its token table.
+            "none" is a gated MLP: as tokens meet in the denoiser, a sequence model has not been worth its time.
         identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt
             names as "identity", Int `[B]`; 0 for networks that share one basin, or tokens that do not mind.
         sampler, steps: default sampling.
@@ -53,7 +55,7 @@ class RpgConfig:
     width: int = 192
     depth: int = 4
     heads: int = 6
-    backbone: str = "mamba2"
+    backbone: str = "none"
     backbone_depth: int = 2
     rank: int = 32
     identities: int = 0

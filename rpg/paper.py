@@ -185,6 +185,10 @@ class RpgPaper(Generator):
     def fit(self, batch: Batch) -> None:
         self.latents.fit(batch.target)
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return tuple(self.tokens.mask.shape)
+
     def compile_networks(self) -> None:
         self.denoiser.compile()
 
@@ -231,7 +235,7 @@ class RpgPaper(Generator):
         count = network_count(prompt, start, count, noise)
         rng = seeded(device, seed, "sample")
         if noise is None:
-            noise = torch.randn(count, *self.tokens.mask.shape, generator=rng, device=device)
+            noise = torch.randn(count, *self.noise_shape, generator=rng, device=device)
         if self.identities is not None and IDENTITY not in prompt:
             drawn = torch.randint(self.config.identities, (count,), generator=rng, device=device)
             prompt = prompt | {IDENTITY: drawn}

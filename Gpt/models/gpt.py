@@ -155,6 +155,11 @@ class Gpt(Generator):
         self.normalizer.fit(batch.target, batch.start)
         self.conditions.fit(batch.prompt)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return [
+            layer.weight for b in self.network.blocks for layer in (b.qkv, b.out, b.up, b.down)
+        ]
+
     def compile_networks(self) -> None:
         self.network.compile()
 

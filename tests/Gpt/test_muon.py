@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from Gpt.muon import Muon, orthogonalize
+from Gpt.muon import MuonAdamW, orthogonalize
 from Gpt.seeds import rng
 
 SHAPES = [(16, 16), (48, 16), (16, 64), (16, 64)]
@@ -28,7 +28,7 @@ def test_matches_torch_to_bfloat16_rounding():
     ours = [torch.nn.Parameter(m.clone()) for m in matrices("parameters")]
     theirs = [torch.nn.Parameter(m.clone()) for m in matrices("parameters")]
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
-    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    optimizers = MuonAdamW([{"params": ours, "muon": True, **settings}]), torch.optim.Muon(theirs, **settings)
     for step in range(4):
         for params, optimizer in zip((ours, theirs), optimizers, strict=True):
             for p, gradient in zip(params, matrices(f"gradients {step}"), strict=True):
@@ -44,8 +44,19 @@ def test_batching_by_shape_changes_nothing():
     for params, gradient in ((together, matrices("g")), (alone, matrices("g"))):
         for p, g in zip(params, gradient, strict=True):
             p.grad = g
-    Muon(together, lr=0.1).step()
+    MuonAdamW([{"params": together, "muon": True, "lr": 0.1}]).step()
     for p in alone:
-        Muon([p], lr=0.1).step()
+        MuonAdamW([{"params": [p], "muon": True, "lr": 0.1}]).step()
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_other_groups_get_plain_adamw():
+    mixed, plain = (([torch.nn.Parameter(m.clone()) for m in matrices("parameters")]) for _ in range(2))
+    for params in (mixed, plain):
+        for p, g in zip(params, matrices("g"), strict=True):
+            p.grad = g
+    MuonAdamW([{"params": mixed[:2], "muon": True}, {"params": mixed[2:]}], lr=0.1).step()
+    torch.optim.AdamW(plain, lr=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(mixed[2:], plain[2:], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(mixed[:2], plain[:2], strict=True))

@@ -1,6 +1,6 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
-Run as a script, this file is one training process: `test_training.py FOLDER [kill-while-saving STEP | process RANK WORLD]`.
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP` or `… process RANK WORLD`.
 """
 
 import json
@@ -146,17 +146,19 @@ def test_a_run_killed_at_any_file_operation_continues_to_the_bit(tmp_path, unbro
 @pytest.mark.parametrize("kills", [(0,), (1,), (5, 6), (4, 3, 2), (11,)])
 def test_a_run_killed_between_steps_continues_to_the_bit(tmp_path, unbroken, kills):
     class Fragile(Toy):
-        calls = 0
+        def __init__(self, steps: int):
+            super().__init__()
+            self.calls_left = CONFIG.slices * steps
 
         def loss(self, batch, rng):
-            self.calls += self.training and torch.is_grad_enabled()
-            if self.calls > CONFIG.slices * steps:
+            self.calls_left -= torch.is_grad_enabled()
+            if self.calls_left < 0:
                 raise Killed
             return super().loss(batch, rng)
 
-    for steps in kills:  # of one session each
+    for steps_of_session in kills:
         with pytest.raises(Killed):
-            run(tmp_path, generator=Fragile())
+            run(tmp_path, generator=Fragile(steps_of_session))
     generator, state = run(tmp_path)
     assert state.step == CONFIG.steps
     assert_same(contents(tmp_path), contents(unbroken))

@@ -192,6 +192,7 @@ def test_ancestral_sampling_takes_any_number_of_steps():
     model = build(sampler="ddpm", identities=2)
     nn.init.zeros_(model.denoiser.convolutions[-1].weight)
     nn.init.zeros_(model.denoiser.convolutions[-1].bias)
+    assert model.noise_shape == (22, 4)
     for steps in (1, 7, 50):  # no noise is ever predicted, so that x0 = x_t / alpha
         noise = 0.01 * torch.randn(2, 22, 4, generator=rng())
         written = model.sample({}, steps=steps, noise=noise)

@@ -1,0 +1,120 @@
+"""Training examples: two snapshots of one run in the right order, renamed alike, with the metrics that go with them."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from Gpt.data.batches import BatchConfig, BatchSampler
+from Gpt.data.zoo import Zoo
+from Gpt.errors import ConfigError
+from Gpt.networks import MLP
+from Gpt.seeds import rng
+from Gpt.tasks import Task, check_entry, classification_loss
+
+RUNS, SNAPSHOTS = 12, 5
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    entry = {
+        "task_test_fn": classification_loss,
+        "constructor": lambda: MLP(4, 3, 2),
+        "data_fn": lambda: (),
+        "minimize": True,
+        "best_prompt": 0.0,
+        "recursive_prompt": 0.0,
+        "symmetry": MLP.symmetry,
+        "metric": "loss",
+    }
+    return check_entry("numbered", entry)
+
+
+@pytest.fixture(scope="module")
+def zoo(task) -> Zoo:
+    """Every weight of snapshot s of run r is 100 r + s, and its validation loss is that divided by 1,000."""
+    numbers = 100.0 * torch.arange(RUNS)[:, None] + torch.arange(SNAPSHOTS)
+    weights = numbers[..., None].expand(-1, -1, task.structure.size).contiguous()
+    metrics = {"validation_loss": numbers / 1000, "test_loss": torch.full_like(numbers, torch.nan)}
+    ids, iterations = list(range(RUNS)), [0, 1, 4, 16, 64]
+    return Zoo.from_tensors(weights, metrics, ids, iterations, task.structure, test_runs=3, validation_runs=2)
+
+
+def sampler(zoo, task, split="train", with_start=True, permute=False, conditions=("target_metric",), **config):
+    return BatchSampler(zoo, task, split, conditions, BatchConfig(**config), with_start=with_start, permute=permute)
+
+
+def decoded(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(run, snapshot) of networks whose weights are all one number."""
+    assert (flat == flat[:, :1]).all()
+    return flat[:, 0].long() // 100, flat[:, 0].long() % 100
+
+
+SPLITS = {"test": {0, 1, 2}, "validation": {3, 4}, "train": set(range(5, RUNS))}
+
+
+@pytest.mark.parametrize(("split", "runs"), SPLITS.items())
+def test_start_and_target_are_of_one_run_of_the_split_and_in_order(zoo, task, split, runs):
+    batch = sampler(zoo, task, split)(2000, rng("cpu", 0))
+    (target_run, target), (start_run, start) = decoded(batch.target), decoded(batch.start)
+    assert torch.equal(target_run, start_run)
+    assert set(target_run.tolist()) == runs
+    assert (start < target).all()
+    pairs = set(zip(start.tolist(), target.tolist(), strict=True))
+    assert pairs == {(a, b) for b in range(SNAPSHOTS) for a in range(b)}
+
+
+def test_the_share_of_pairs_that_start_at_the_initialisation(zoo, task):
+    """Without it, a spacing d and then one of the S - d starts are drawn uniformly (Peebles et al. 2022)."""
+    for share in (0.0, 0.5, 1.0):
+        _, start = decoded(sampler(zoo, task, from_initial=share)(20_000, rng("cpu", 1)).start)
+        by_chance = sum(1 / (SNAPSHOTS - d) for d in range(1, SNAPSHOTS)) / (SNAPSHOTS - 1)
+        expected = share + (1 - share) * by_chance
+        assert (start == 0).float().mean().item() == pytest.approx(expected, abs=0.015)
+
+
+def test_prompts_are_the_validation_metrics_of_start_and_target(zoo, task):
+    batch = sampler(zoo, task)(500, rng("cpu", 2))
+    expected = torch.stack([batch.start[:, 0], batch.target[:, 0]], 1) / 1000
+    torch.testing.assert_close(batch.prompt["target_metric"], expected)
+    assert sampler(zoo, task, conditions=())(5, rng("cpu", 2)).prompt == {}
+
+
+def test_without_a_start_targets_come_from_the_end_of_each_run(zoo, task):
+    batch = sampler(zoo, task, with_start=False, last_snapshots=2)(500, rng("cpu", 3))
+    assert batch.start is None
+    assert set(decoded(batch.target)[1].tolist()) == {SNAPSHOTS - 2, SNAPSHOTS - 1}
+    prompt = batch.prompt["target_metric"]
+    assert prompt[:, 0].isnan().all()
+    torch.testing.assert_close(prompt[:, 1], batch.target[:, 0] / 1000)
+    every = sampler(zoo, task, with_start=False)(500, rng("cpu", 3))
+    assert set(decoded(every.target)[1].tolist()) == set(range(SNAPSHOTS))
+
+
+def test_hidden_units_are_renamed_alike_in_start_and_target(task):
+    weights = torch.randn(1, 2, task.structure.size, generator=rng("cpu", 4))
+    zoo = Zoo.from_tensors(weights, {"validation_loss": torch.zeros(1, 2)}, [0], [0, 1], task.structure)
+    batch = sampler(zoo, task, permute=True)(50, rng("cpu", 5))
+    x = torch.randn(6, 4, generator=rng("cpu", 6))
+    orders = []
+    for given, original in ((batch.start, weights[0, 0]), (batch.target, weights[0, 1])):
+        orders.append((given[:, :, None] == original).float().argmax(-1))
+        assert len(given.unique(dim=0)) == 6  # 3! orders of the hidden units
+        for flat in given:
+            outputs = [functional_call(task.template, task.structure.unflatten(w), (x,)) for w in (flat, original)]
+            torch.testing.assert_close(*outputs)
+    assert torch.equal(*orders)
+
+
+def test_a_batch_is_a_function_of_its_seed(zoo, task):
+    first, again, other = (sampler(zoo, task)(20, rng("cpu", seed)) for seed in (7, 7, 8))
+    assert torch.equal(first.target, again.target)
+    assert torch.equal(first.start, again.start)
+    assert not torch.equal(first.target, other.target)
+
+
+def test_pairs_need_two_snapshots(task):
+    weights = torch.zeros(3, 1, task.structure.size)
+    zoo = Zoo.from_tensors(weights, {"validation_loss": torch.zeros(3, 1)}, [0, 1, 2], [0], task.structure)
+    with pytest.raises(ConfigError, match="pairs of snapshots, but the zoo has one snapshot of each run"):
+        sampler(zoo, task)
+    assert sampler(zoo, task, with_start=False)(4, rng("cpu", 0)).target.shape == (4, task.structure.size)

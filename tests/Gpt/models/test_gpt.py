@@ -1,0 +1,198 @@
+"""The neuron-token G.pt: what an untrained one writes is known in closed form, and a trained one obeys its prompt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from Gpt.conditions import Conditions
+from Gpt.diffusion.objectives import DDPM, FlowMatching
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch
+from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.networks import MLP, CartPoleActor
+from Gpt.seeds import rng
+from Gpt.structure import Structure
+
+CONFIG = GptConfig(width=16, depth=2, heads=2)
+STRUCTURE = Structure.of(MLP(6, 5, 3), MLP.symmetry)
+WISH = {"target_metric": torch.tensor([[2.0, 0.5]]).expand(8, -1)}
+
+
+def build(config=CONFIG, structure=STRUCTURE, objective=None, names=("target_metric",)) -> Gpt:
+    """An untrained generator with parameters of its own."""
+    features = {"target_metric": 2} if names else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        conditions = Conditions(features, config.width, dropout=0.2)
+        return Gpt(structure, conditions, objective or FlowMatching("x0", "x0", "logit_normal"), config)
+
+
+def batch(count: int = 64, structure=STRUCTURE) -> Batch:
+    """Targets that lie beside their starts, per tensor at another scale."""
+    start = torch.randn(count, structure.size, generator=rng("cpu", 0, "start"))
+    target = start + 0.1 * torch.randn(count, structure.size, generator=rng("cpu", 0, "target"))
+    metrics = torch.rand(count, 2, generator=rng("cpu", 0, "metric"))
+    return Batch(target, start, {"target_metric": metrics})
+
+
+def shaken(generator: Gpt) -> Gpt:
+    """All parameters drawn anew: at initialisation the heads are zero and hide what lies before them."""
+    for i, parameter in enumerate(generator.parameters()):
+        nn.init.normal_(parameter, std=0.2, generator=rng("cpu", 0, "parameter", i))
+    return generator
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Gpt:
+    generator = build()
+    generator.fit(batch())
+    return shaken(generator)
+
+
+def test_an_untrained_generator_describes_independent_gaussian_residuals():
+    """With r_hat = alpha r / (alpha² + sigma²), one Euler step ends at 0 and the exact flow at the noise itself."""
+    generator = build()
+    generator.fit(batch())
+    start = batch(8).start
+    noise = torch.randn(start.shape, generator=rng("cpu", 1))
+    spread = generator.normalizer.spread * generator.normalizer.scale
+    once = generator.sample(WISH, start, steps=1, noise=noise)
+    torch.testing.assert_close(once, start, rtol=1e-4, atol=1e-5)
+    often = generator.sample(WISH, start, steps=400, noise=noise)
+    assert ((often - start) / spread - noise).square().mean().sqrt() < 0.02
+
+
+def test_the_untrained_loss_is_that_of_the_best_linear_estimate():
+    generator = build()
+    generator.fit(batch())
+    losses = torch.stack([generator.loss(batch(), rng("cpu", seed)) for seed in range(40)])
+    t = generator.objective.draw_times(200_000, rng("cpu", 2), "cpu")
+    alpha, sigma = generator.objective.alpha_sigma(t)
+    expected = (generator.objective.weight(t) * sigma.square() / (alpha.square() + sigma.square())).mean()
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_networks(fitted):
+    start = batch(8).start
+    first, again, other = (fitted.sample(WISH, start, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    before = torch.get_rng_state()
+    fitted.sample(WISH, start)
+    fitted.loss(batch(), rng("cpu", 0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_given_noise_takes_the_place_of_the_seed(fitted):
+    start = batch(8).start
+    noise = torch.randn(start.shape, generator=rng("cpu", 5))
+    first, again = (fitted.sample(WISH, start, seed=seed, noise=noise) for seed in (0, 1))
+    assert torch.equal(first, again)
+    wish = {"target_metric": WISH["target_metric"][:4]}
+    parts = [fitted.sample(wish, start[half], noise=noise[half]) for half in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(torch.cat(parts), first, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_leans_away_from_the_unconditional_model(fitted):
+    """One Euler step from t = 1 is the x0 estimate itself, in which guidance is linear."""
+    start = batch(8).start
+    noise = torch.randn(start.shape, generator=rng("cpu", 6))
+    sample = {g: fitted.sample(WISH, start, steps=1, guidance=g, noise=noise) for g in (0.0, 1.0, 3.0)}
+    without = fitted.sample({}, start, steps=1, noise=noise)
+    torch.testing.assert_close(sample[0.0], without, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample[3.0], without + 3 * (sample[1.0] - without), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(sample[1.0], without, atol=1e-3)
+
+
+def test_renaming_the_start_renames_the_sample(fitted):
+    start = batch(8).start
+    noise = torch.randn(start.shape, generator=rng("cpu", 7))
+    index = STRUCTURE.permutation_index(STRUCTURE.random_permutations(8, rng("cpu", 8)))
+    normalizer, generator = fitted.normalizer, fitted
+    for constant in (normalizer.shift, normalizer.scale, normalizer.spread):  # one number per tensor
+        assert torch.equal(constant.expand(8, -1).gather(1, index), constant.expand(8, -1))
+    plain = generator.sample(WISH, start, noise=noise)
+    renamed = generator.sample(WISH, start.gather(1, index), noise=noise.gather(1, index))
+    torch.testing.assert_close(renamed, plain.gather(1, index), rtol=1e-3, atol=1e-3)
+    assert not generator.augment
+    assert build(structure=Structure.of(CartPoleActor(), CartPoleActor.symmetry)).augment
+
+
+@pytest.mark.parametrize(
+    "objective", [FlowMatching("x0", "x0", "logit_normal"), FlowMatching("x0", "velocity"), DDPM("x0")]
+)
+def test_loss_and_gradients_are_finite_in_mixed_precision(objective):
+    config = replace(CONFIG, sampler="ddim")
+    generator = build(config, objective=objective)
+    generator.fit(batch())
+    shaken(generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = generator.loss(batch(), rng("cpu", 0))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in generator.parameters())
+    assert generator.loss(batch(), rng("cpu", 0)).item() == pytest.approx(loss.item(), rel=0.05)
+
+
+def test_every_parameter_learns(fitted):
+    fitted.zero_grad()
+    fitted.loss(batch(), rng("cpu", 0)).backward()
+    assert not [name for name, p in fitted.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    fitted.zero_grad()
+
+
+def test_it_learns_to_write_what_the_prompt_says():
+    """Targets are the start moved by the wanted metric: a trained generator moves by what it is asked for."""
+    structure = Structure.of(MLP(2, 2, 2), MLP.symmetry)
+    generator = build(structure=structure)
+
+    def draw(draws: torch.Generator) -> Batch:
+        start = 0.3 * torch.randn(128, structure.size, generator=draws)
+        wanted = torch.rand(128, 1, generator=draws)
+        return Batch(start + wanted, start, {"target_metric": torch.cat([torch.zeros_like(wanted), wanted], 1)})
+
+    generator.fit(draw(rng("cpu", 0)))
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=5e-3)
+    for step in range(200):
+        noise = rng("cpu", 1, step)
+        generator.loss(draw(noise), noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    start = 0.3 * torch.randn(3, structure.size, generator=rng("cpu", 2))
+    wanted = torch.tensor([0.1, 0.5, 0.9])
+    moved = generator.sample({"target_metric": torch.stack([torch.zeros(3), wanted], 1)}, start, steps=8) - start
+    torch.testing.assert_close(moved.mean(1), wanted, rtol=0, atol=0.12)
+
+
+def test_a_saved_generator_writes_the_same_networks(fitted):
+    other = build()
+    other.load_state_dict(fitted.state_dict())
+    start = batch(8).start
+    assert torch.equal(other.sample(WISH, start), fitted.sample(WISH, start))
+
+
+def test_it_needs_no_prompt_where_it_has_no_conditions():
+    generator = build(names=())
+    assert generator.sample({}, batch(4).start).shape == (4, STRUCTURE.size)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": replace(CONFIG, heads=3)}, "generator.width=16 is not a multiple of generator.heads=3"),
+        ({"config": replace(CONFIG, sampler="eulr")}, "sampler 'eulr' is unknown; did you mean 'euler'"),
+        ({"config": replace(CONFIG, sampler="ddpm")}, "'ddpm' belongs to DDPM, not to FlowMatching"),
+        ({"objective": DDPM("x0")}, "'euler' belongs to FlowMatching, not to DDPM"),
+        ({"objective": FlowMatching("velocity", "velocity")}, "objective.prediction=velocity does not fit"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(change, words):
+    with pytest.raises(ConfigError, match=words):
+        build(**change)
+
+
+def test_sampling_needs_a_start(fitted):
+    with pytest.raises(ConfigError, match="needs the starting networks"):
+        fitted.sample(WISH)
