@@ -383,13 +383,22 @@ def check_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: names the key and the nearest right one.
     """
-    for i, argument in enumerate(arguments):
-        if argument.split("=")[0] in ("--config-name", "-cn"):
-            name = argument.partition("=")[2] or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            if not (CONFIGS / f"{name.removesuffix('.yaml')}.yaml").is_file():
-                known = [p.stem for p in CONFIGS.glob("*.yaml")]
-                raise ConfigError(f"there is no configuration {name!r}; {nearest(name, known)}")
+    name = _option(arguments, "--config-name", "-cn")
+    if name is not None:
+        folders = [CONFIGS, Path(_option(arguments, "--config-dir", "-cd") or CONFIGS)]
+        known = [file.stem for folder in folders for file in folder.glob("*.yaml")]
+        if name.removesuffix(".yaml") not in known:
+            raise ConfigError(f"there is no configuration {name!r}; {nearest(name, known)}")
     return [_checked_override(a) if "=" in a and not a.startswith("-") else a for a in arguments]
+
+
+def _option(arguments: list[str], *names: str) -> str | None:
+    """Value of a command-line option, written `--option=value` or `--option value`; None where it is not given."""
+    for i, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key in names:
+            return value or next(iter(arguments[i + 1 :]), "")
+    return None
 
 
 def _checked_override(argument: str) -> str:
@@ -438,7 +447,7 @@ def help_text() -> str:
     return "\n".join(parts)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="digits_loss")
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="digits_loss")
 def _compose_and_run(composed: DictConfig) -> None:
     guard(lambda: run(Experiment(typed_config(composed), HydraConfig.get().job.config_name)))
 

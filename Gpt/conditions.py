@@ -1,8 +1,8 @@
 """Conditions turn what a user asks for into one embedding `[B, width]`.
 
-Every condition has a learned null value, which stands in when a prompt leaves it out, when training drops it (so that guidance
-has an unconditional model to lean against), and for the unconditional half of guided sampling. Embeddings of several conditions
-are added.
+Every condition has a learned null value, which stands in when a prompt leaves it out, when training drops it (so that
+guidance has an unconditional model to lean against), and for the unconditional half of guided sampling. Embeddings of
+several conditions are added.
 
     name            prompt tensor    meaning
     target_metric   [B, 2]           (metric of the start, wanted metric), plain units of the task
@@ -30,8 +30,8 @@ def fourier_features(x: Float[Tensor, "*batch"], octaves: int = 6) -> Float[Tens
 class MetricScale(nn.Module):
     """Metrics on a scale that resolves them where the zoo has networks.
 
-    A value becomes its quantile among the zoo's metrics (linear between knots) and its standard score. Values beyond the zoo,
-    unreachable prompts among them, keep their order: quantiles continue linearly outside [0, 1].
+    A value becomes its quantile among the zoo's metrics (linear between knots) and its standard score. Values beyond
+    the zoo, unreachable prompts among them, keep their order: quantiles continue linearly outside [0, 1].
     """
 
     knots: Tensor
@@ -68,7 +68,10 @@ class MetricScale(nn.Module):
 
 
 class TargetMetric(nn.Module):
-    """(start metric, wanted metric) `[B, 2]` -> embedding. The start's metric may be NaN: unknown, as for networks from noise."""
+    """(start metric, wanted metric) `[B, 2]` -> embedding.
+
+    The start's metric may be NaN: unknown, as for networks from noise.
+    """
 
     features = 2
 
@@ -111,7 +114,10 @@ class Conditions(nn.Module):
         super().__init__()
         self.width, self.dropout = width, dropout
         self.encoders = nn.ModuleDict(
-            {name: TargetMetric(width) if name == "target_metric" else Features(width, n) for name, n in features.items()}
+            {
+                name: TargetMetric(width) if name == "target_metric" else Features(width, size)
+                for name, size in features.items()
+            }
         )
         self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name in features})
         self.bias = nn.Parameter(torch.zeros(width))

@@ -33,7 +33,8 @@ class ZooConfig:
 
     Attributes:
         path: its folder; `zoos/<the task's zoo name>` when None. Collected there if it is missing or incomplete.
-        runs: training runs in all; the first `test_runs` are the test split, the next `validation_runs` the validation split.
+        runs: training runs in all; the first `test_runs` are the test split, the next `validation_runs` the validation
+            split.
         snapshots, spacing: stored per run, "log" or "uniform" in the training iteration.
         dtype: float32, bfloat16 or float16 on disk and in memory.
         shard_runs, population: runs stored, and runs trained, at once (population: a shard's when None).
@@ -130,7 +131,8 @@ class RunConfig:
     def training_settings(self) -> dict[str, Any]:
         """The part of the configuration that trained weights depend on; a run is only resumed with the same."""
         settings = dataclasses.asdict(self)
-        for key in ("data", "evaluation", "logger", "run", "device", "resume_path", "resume", "test_only", "collect_only"):
+        elsewhere = ("data", "evaluation", "logger", "run", "device")
+        for key in (*elsewhere, "resume_path", "resume", "test_only", "collect_only"):
             del settings[key]
         for key in ("path", "shard_runs", "population", "storage"):
             del settings["zoo"][key]

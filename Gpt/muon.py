@@ -45,13 +45,20 @@ class MuonAdamW(torch.optim.AdamW):
         momentum = group.get("momentum", MOMENTUM)
         for params in shapes.values():
             gradients = [p.grad for p in params]
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            buffers = [self._momentum(p) for p in params]
             torch._foreach_lerp_(buffers, gradients, 1 - momentum)
             directions = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
             updates = orthogonalize(directions).to(params[0].dtype).unbind()
             rows, columns = params[0].shape
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _momentum(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if not state:
+            # AdamW looks for a step in the state of every parameter when it is loaded.
+            state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+        return state["momentum_buffer"]
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:

@@ -21,7 +21,10 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """G.pt's CIFAR-10 network: two bias-free 3x3 convolutions (3-16 stride 2, 16-32), mean pooling, linear; 5,370 parameters."""
+    """G.pt's CIFAR-10 network of 5,370 parameters.
+
+    Two 3x3 convolutions without bias (3-16 with stride 2, 16-32), mean pooling, linear.
+    """
 
     symmetry = {
         "conv1.weight": ("conv1", None, None, None),
@@ -40,7 +43,7 @@ class ConvNet(nn.Module):
 
 
 class CartPoleActor(nn.Module):
-    """G.pt's cart-pole actor 4-32-32-1 with SELU; a Gaussian policy whose mean is the output and whose log-std comes first.
+    """G.pt's cart-pole actor 4-32-32-1 with SELU: a Gaussian policy whose mean is the output; its log-std comes first.
 
     1,250 parameters; orthogonal initialisation (gain sqrt 2, last layer 0.01), `log_std` 0.
     """

@@ -1,10 +1,11 @@
 """Neuron tokens: one token per hidden unit, holding every weight that touches it.
 
-A unit of the MLP 784-10-10 becomes its 784 incoming weights, its bias and its 10 outgoing weights; what belongs to no unit (the
-output bias) is one more token: 11 tokens instead of 26. Renaming hidden units only reorders such tokens. Where every tensor has
-at most one permuted axis, a transformer without positional code is therefore exactly equivariant and needs no augmentation. A
-tensor between two hidden layers appears in the tokens of both its ends, ordered by the index of the other end; then unit
-positions must be embedded and the permutations drawn as augmentation (`entangled` says which case it is).
+A unit of the MLP 784-10-10 becomes its 784 incoming weights, its bias and its 10 outgoing weights; what belongs to no
+unit (the output bias) is one more token: 11 tokens instead of 26. Renaming hidden units only reorders such tokens.
+Where every tensor has at most one permuted axis, a transformer without positional code is therefore exactly equivariant
+and needs no augmentation. A tensor between two hidden layers appears in the tokens of both its ends, ordered by the
+index of the other end; then unit positions must be embedded and the permutations drawn as augmentation (`entangled`
+says which case it is).
 """
 
 import torch
@@ -76,7 +77,9 @@ def _unit_entries(structure: Structure, group: str, units: int) -> Int[Tensor, "
         position = torch.arange(t.offset, t.slice.stop).reshape(t.shape)
         axes = [axis for axis, name in enumerate(t.groups) if name == group]
         if len(axes) > 1:
-            raise StructureError(f"{t.name!r} has the symmetry group {group!r} on two axes, which neuron tokens cannot hold")
+            raise StructureError(
+                f"{t.name!r} has the symmetry group {group!r} on two axes, which neuron tokens cannot hold"
+            )
         if axes:
             parts.append(position.movedim(axes[0], 0).reshape(units, -1))
     return torch.cat(parts, dim=1)

@@ -43,7 +43,7 @@ class Population:
 
 
 def stack_initial(constructor, structure: Structure, seeds: list[int]) -> Float[Tensor, "P D"]:
-    """Freshly constructed networks, one per seed, as flat rows on the CPU; the global random state is left untouched."""
+    """Freshly constructed networks, one per seed, as flat rows on the CPU; the global random state stays as it is."""
     rows = []
     with torch.random.fork_rng(devices=[]):
         for seed in seeds:

@@ -1,7 +1,7 @@
 """Named seeds: every random draw of the project is a function of a seed and of the names of what is drawn.
 
-`derive_seed(0, "pairs", 17)` is the seed of the batch of step 17. Nothing has to be saved to resume, nothing depends on the
-order in which parts of a program ran, and the global random state of torch is never touched.
+`derive_seed(0, "pairs", 17)` is the seed of the batch of step 17. Nothing has to be saved to resume, nothing depends on
+the order in which parts of a program ran, and the global random state of torch is never touched.
 """
 
 import hashlib

@@ -1,12 +1,13 @@
 """Everything about one architecture that does not depend on the values of its weights.
 
-A `Structure` lists the tensors of a state_dict with their place in the flat vector, what each one is, and which of its axes are
-permuted together when hidden units are renamed. Augmentation, alignment, tokenisation, storage and export all read it; nothing
-else walks a state_dict.
+A `Structure` lists the tensors of a state_dict with their place in the flat vector, what each one is, and which of its
+axes are permuted together when hidden units are renamed. Augmentation, alignment, tokenisation, storage and export all
+read it; nothing else walks a state_dict.
 
-Symmetry is written as `{tensor name: (group of axis 0, group of axis 1, …)}` with None for an axis that stays put. The MLP
-784-10-10 reads `{"fc1.weight": ("hidden", None), "fc1.bias": ("hidden",), "fc2.weight": (None, "hidden")}`. An axis may be a
-whole multiple of its group (a convolution's channels flattened into a linear layer): each unit then owns one contiguous block.
+Symmetry is written as `{tensor name: (group of axis 0, group of axis 1, …)}` with None for an axis that stays put. The
+MLP 784-10-10 reads `{"fc1.weight": ("hidden", None), "fc1.bias": ("hidden",), "fc2.weight": (None, "hidden")}`. An axis
+may be a whole multiple of its group (a convolution's channels flattened into a linear layer): each unit then owns one
+contiguous block.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ class Structure:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of names, shapes and dtypes; two structures with the same fingerprint share flat vectors."""
+        """Hexadecimal digest of names, shapes and dtypes; structures with the same fingerprint share flat vectors."""
         description = [(t.name, t.shape, str(t.dtype)) for t in self.tensors]
         return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
 
@@ -78,8 +79,8 @@ class Structure:
         """Read the structure of a module or of a state_dict.
 
         Raises:
-            StructureError: there is nothing to generate, a tensor is complex, or `symmetry` names tensors, axes or sizes
-                that do not fit.
+            StructureError: there is nothing to generate, a tensor is complex, or `symmetry` names tensors, axes or
+                sizes that do not fit.
         """
         state = source.state_dict() if isinstance(source, nn.Module) else source
         symmetry = symmetry or {}
@@ -118,7 +119,9 @@ class Structure:
         missing = [t.name for t in self.tensors if t.name not in state]
         unexpected = [name for name in state if name not in self.keys]
         if missing or unexpected:
-            raise StructureError(f"these weights belong to another architecture: missing {missing}, unexpected {unexpected}")
+            raise StructureError(
+                f"these weights belong to another architecture: missing {missing}, unexpected {unexpected}"
+            )
         parts = []
         for t in self.tensors:
             value = state[t.name]
@@ -203,5 +206,7 @@ def _group_sizes(tensors: list[TensorSpec]) -> dict[str, int]:
                 lengths.setdefault(group, set()).add(length)
     for group, found in lengths.items():
         if any(length % min(found) for length in found):
-            raise StructureError(f"axes of symmetry group {group!r} have lengths {sorted(found)}, not multiples of one size")
+            raise StructureError(
+                f"axes of symmetry group {group!r} have lengths {sorted(found)}, not multiples of one size"
+            )
     return {group: min(found) for group, found in lengths.items()}

@@ -12,19 +12,19 @@ An entry is a plain dict. Required keys, with G.pt's names and meanings:
 Optional keys:
 
     aug_fn              G.pt's permutation walk, see `Gpt.data.augmentation`
-    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` says, in a form every part reads
-    metric              what the test function returns: "loss", "error" or "return"; names the zoo's columns (default "metric")
+    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` does, in words
+    metric              what the test function returns: "loss", "error" or "return" (default "metric"); names columns
     batched             True when task_test_fn also accepts a `Population` and then returns one number per network
     validation_data_fn  () -> tuple; labels, prompts and selection use it (default: data_fn, and the report says so)
     train_data_fn       () -> tuple (inputs, labels) that the recipe trains on
     recipe              a `Gpt.recipes` object: how one network is trained, so that a zoo can be collected
     checkpoints         folder of existing checkpoints to import instead of, or before, collecting
     zoo                 name of the zoo; tasks that share networks share a zoo (default: the task's name)
-    correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty measures
+    correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty
     conditions          names of the conditions the task can be prompted with (default ("target_metric",))
 
-A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds to TASK_METADATA or defines one of its own, or
-from packages that declare the entry-point group `gpt_weights.tasks`.
+A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds to TASK_METADATA or defines one of its
+own, or from packages that declare the entry-point group `gpt_weights.tasks`.
 """
 
 import difflib
@@ -78,9 +78,23 @@ class Task:
 
     @cached_property
     def template(self) -> nn.Module:
-        """One network of the architecture; only shapes and buffers matter."""
-        with torch.random.fork_rng(devices=[]):
-            return self.constructor()
+        """One network of the architecture; only shapes and buffers matter.
+
+        Raises:
+            TaskError: the constructor needs arguments, or builds something else.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                net = self.constructor()
+        except TypeError as error:
+            raise TaskError(
+                f"task {self.name!r}: constructor must need no arguments, but calling it said: {error}"
+            ) from error
+        if not isinstance(net, nn.Module):
+            raise TaskError(
+                f"task {self.name!r}: constructor returned {type(net).__name__}, expected a torch.nn.Module"
+            )
+        return net
 
     @cached_property
     def structure(self) -> Structure:
@@ -169,12 +183,6 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
         elif entry[key] is not None or spec.default is MISSING:
             _check_value(name, key, entry[key])
     task = Task(name=name, **entry)
-    try:
-        net = task.template
-    except TypeError as error:
-        raise TaskError(f"task {name!r}: constructor must need no arguments, but calling it said: {error}") from error
-    if not isinstance(net, nn.Module):
-        raise TaskError(f"task {name!r}: constructor returned {type(net).__name__}, expected a torch.nn.Module")
     try:
         task.structure  # noqa: B018 - evaluated for its checks
     except StructureError as error:
@@ -322,7 +330,7 @@ def _digits_mlp() -> MLP:
     return MLP(64, 10, 10)
 
 
-# Large batches make the trained network a cleaner function of its initialisation, which is what a generator has to learn.
+# Large batches make the trained network a cleaner function of its initialisation, which a generator has to learn.
 _DIGITS_RECIPE = SupervisedRecipe(epochs=60, weight_decay=2e-3)
 _CIFAR10_RECIPE = SupervisedRecipe(epochs=50, augmentation="flip_crop")
 

@@ -43,7 +43,7 @@ class TrainerConfig:
         max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
         ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
         precision: "float32"; "tf32" for its faster matrix products, in training and sampling; "bfloat16" for automatic
-            mixed precision.
+            mixed precision; "auto" is bfloat16 where the device multiplies it natively, float32 elsewhere.
         compile: compile the generator's networks with torch.compile.
         validate_every, checkpoint_every: steps; 0 leaves it to the end.
         validation_batches: batches behind one validation loss.
@@ -60,7 +60,7 @@ class TrainerConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float | None = 1.0
     ema_decay: float = 0.99
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False
     validate_every: int = 250
     checkpoint_every: int = 250
@@ -105,7 +105,7 @@ def train(
         generator.compile_networks()
     step_loss = _Loss(generator)
     model = DistributedDataParallel(step_loss) if world > 1 else step_loss
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(config.precision, device))
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
     running, since = torch.zeros((), device=device), state.step
@@ -159,6 +159,13 @@ def train(
         dist.barrier()  # until the first process has written its last checkpoint
     checkpoints.load_best(generator)
     return state
+
+
+def mixed_precision(precision: str, device: torch.device) -> bool:
+    """Whether products are computed in bfloat16; "auto" asks the device."""
+    if precision == "auto":
+        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return precision == "bfloat16"
 
 
 def learning_rate_factor(step: int, config: TrainerConfig) -> float:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -14,9 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import main
-
-with jaxtyping.install_import_hook("playground", "beartype.beartype"):
-    import playground
+import playground
 from Gpt.checkpoint import TrainingState
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.prompting import Starts

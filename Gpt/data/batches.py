@@ -1,4 +1,7 @@
-"""Training examples out of a zoo: pairs of snapshots of one run for G.pt, single snapshots for generators that start from noise."""
+"""Training examples out of a zoo.
+
+G.pt learns from pairs of snapshots of one run, generators that start from noise from single snapshots.
+"""
 
 from dataclasses import dataclass
 
@@ -17,9 +20,10 @@ class BatchConfig:
     """How examples are drawn.
 
     Attributes:
-        from_initial: share of pairs that start at the initialisation, where one-step optimisation starts; the others are
-            G.pt's: a spacing, then a start, both uniform.
-        last_snapshots: without a start, targets are drawn from this many snapshots at the end of each run; None for all.
+        from_initial: share of pairs that start at the initialisation, where one-step optimisation starts; the others
+            are G.pt's: a spacing, then a start, both uniform.
+        last_snapshots: without a start, targets are drawn from this many snapshots at the end of each run; None for
+            all.
     """
 
     from_initial: float = 0.5

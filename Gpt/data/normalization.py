@@ -10,8 +10,8 @@ from Gpt.structure import Structure
 class Normalizer(nn.Module):
     """`(weights - shift) / scale`, with one shift and one scale per tensor, expanded to `[D]` buffers.
 
-    Starts as the identity. `spread` is the standard deviation of what a generator has to add to its starting point (normalised
-    units), which preconditioning needs.
+    Starts as the identity. `spread` is the standard deviation of what a generator has to add to its starting point
+    (normalised units), which preconditioning needs.
     """
 
     shift: Tensor

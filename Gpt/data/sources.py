@@ -1,8 +1,9 @@
 """Image data sets as tensors: the 8x8 digits of scikit-learn, MNIST, Fashion-MNIST and CIFAR-10.
 
-Files are looked for under the configured root (`data.root`), under `./data`, and where Debian's data packages put them; what is
-not found is downloaded with torchvision when `data.download` is on. Every data set is split into training, validation and test
-part; the validation part is cut from the published training part with a fixed seed, the test part is the published one.
+Files are looked for under the configured root (`data.root`), under `./data`, and where Debian's data packages put them;
+what is not found is downloaded with torchvision when `data.download` is on. Every data set is split into training,
+validation and test part; the validation part is cut from the published training part with a fixed seed, the test part
+is the published one.
 """
 
 import gzip
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from Gpt.errors import DataError
+
 
 @dataclass(frozen=True)
 class Splits:

@@ -121,8 +121,8 @@ def check_sampler(name: str, objective: Objective, steps: int) -> None:
     """Find out before training, not at the first sample, that a sampler does not go with the objective.
 
     Raises:
-        ConfigError: there is no such sampler (names the nearest), it belongs to another objective, or the objective does
-            not have that many steps.
+        ConfigError: there is no such sampler (names the nearest), it belongs to another objective, or the objective
+            does not have that many steps.
     """
     if name not in SAMPLERS:
         close = difflib.get_close_matches(name, SAMPLERS, n=1)

@@ -1,11 +1,9 @@
 """Class masks: the family, fair splits, the run map, and baselines against closed forms."""
 
-import jaxtyping
 import pytest
 import torch
 
-with jaxtyping.install_import_hook("Gpt.masks", "beartype.beartype"):
-    from Gpt import masks
+from Gpt import masks
 from Gpt.errors import ConfigError, StructureError
 from Gpt.networks import MLP, ConvNet
 from Gpt.population import Population, stack_initial

@@ -44,9 +44,10 @@ def registry(monkeypatch):
 
 def test_the_required_keys_are_enough():
     task = check_entry("regression", ENTRY).verify()
-    assert (task.metric, task.batched, task.zoo_name, task.conditions) == ("metric", False, "regression", ("target_metric",))
+    assert (task.metric, task.batched, task.zoo_name) == ("metric", False, "regression")
+    assert task.conditions == ("target_metric",)
     assert task.structure.size == 4 * 3 + 3 + 3 + 1
-    assert float(task.score(task.template, "test")) == float(regression(*data(0), task.template))
+    assert torch.equal(task.score(task.template, "test"), regression(*data(0), task.template))
     assert torch.equal(task.data("validation")[0], task.data("test")[0])
 
 
@@ -77,7 +78,7 @@ def test_training_data_are_never_taken_from_the_test_part():
 
 @pytest.mark.parametrize("key", ENTRY)
 def test_a_missing_key_is_named_with_what_is_expected(key):
-    with pytest.raises(TaskError, match=f"task 'mine': key '{key}' is missing, expected a|task 'mine': key.*True or False"):
+    with pytest.raises(TaskError, match=f"task 'mine': key '{key}' is missing, expected (a|True)"):
         check_entry("mine", {k: v for k, v in ENTRY.items() if k != key})
 
 
@@ -109,7 +110,7 @@ def test_every_key_has_a_description_of_what_is_expected():
     [
         ({"minimise": True}, r"task 'mine': unknown key 'minimise'; did you mean 'minimize'\?"),
         ({"xyzzy": True}, "task 'mine': unknown key 'xyzzy'; known keys: task_test_fn"),
-        ({"constructor": nn.Linear}, "task 'mine': constructor must need no arguments, but calling it said:.*in_features"),
+        ({"constructor": nn.Linear}, "'mine': constructor must need no arguments, but calling it said:.*in_features"),
         ({"constructor": lambda: 3}, "task 'mine': constructor returned int, expected a torch.nn.Module"),
         ({"constructor": nn.ReLU}, "task 'mine': .*nothing to generate"),
         ({"symmetry": {"fc7.weight": ("h", None)}}, r"task 'mine': symmetry: .*names \['fc7.weight'\]"),
@@ -123,7 +124,7 @@ def test_entries_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data_fn": lambda: torch.zeros(3)}, r"task 'mine': .*test split returned Tensor, expected a tuple.*return \(x,\)"),
+        ({"data_fn": lambda: torch.zeros(3)}, r"'mine': .*test split returned Tensor, expected a tuple.*return \(x,\)"),
         ({"validation_data_fn": dict}, r"task 'mine': .*validation split returned dict, expected a tuple"),
         ({"task_test_fn": lambda x, y, net: net(x)}, "task 'mine': task_test_fn returned .*expected a number"),
         ({"task_test_fn": lambda x, y, net: None}, "task 'mine': task_test_fn returned None .*expected a number"),
@@ -132,7 +133,7 @@ def test_entries_that_cannot_be_are_refused(change, message):
 )
 def test_functions_that_do_not_keep_their_promise_are_found_at_once(registry, change, message):
     registry["mine"] = ENTRY | change
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(TaskError, match=f"(?s){message}"):
         get_task("mine")
 
 
@@ -174,11 +175,11 @@ def test_built_in_entries_are_well_formed(name):
 def test_loss_and_error_in_closed_form():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
     y = torch.tensor([0, 0, 1])
-    loss, error = tasks.classification_loss(logits, y, lambda x: x)
+    loss, error = tasks.classification_loss(logits, y, nn.Identity())
     assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, y).item())
     assert error.item() == pytest.approx(100 / 3)
-    assert tasks.classification_error(logits, y, lambda x: x) == (error, loss)
-    assert tasks.classification_correct(logits, y, lambda x: x).tolist() == [True, False, True]
+    assert tasks.classification_error(logits, y, nn.Identity()) == (error, loss)
+    assert tasks.classification_correct(logits, y, nn.Identity()).tolist() == [True, False, True]
 
 
 USER_FILE = """
@@ -209,7 +210,7 @@ def test_a_users_file_adds_its_tasks(tmp_path):
 
 
 def test_a_users_file_may_extend_the_registry_itself(tmp_path, registry):
-    text = textwrap.dedent(USER_FILE).replace("TASK_METADATA = {", "from Gpt.tasks import TASK_METADATA\nTASK_METADATA |= {")
+    text = "from Gpt import tasks\n" + textwrap.dedent(USER_FILE).replace("TASK_METADATA =", "tasks.TASK_METADATA |=")
     load_task_modules([user_file(tmp_path, text)])
     assert get_task("mine").structure.size == 4
 

@@ -3,13 +3,11 @@
 import importlib.util
 import json
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 
-with jaxtyping.install_import_hook("Gpt.text", "beartype.beartype"):
-    from Gpt import text
+from Gpt import text
 from Gpt.errors import CheckpointError, ConfigError, DataError, UserError
 from Gpt.seeds import rng
 from Gpt.vocabulary import CLASSES, WORDINGS, Sentence, compose, load_vocabulary, masks_of

@@ -43,6 +43,9 @@ class Toy(Generator):
         for i, parameter in enumerate(self.parameters()):
             nn.init.normal_(parameter, std=0.3, generator=rng("cpu", 0, "toy", i))
 
+    def hidden_matrices(self):
+        return [self.layers[0].weight]
+
     def loss(self, batch, rng):
         noise = torch.randn(batch.target.shape, generator=rng)
         return (self.layers(batch.target + noise) - batch.target + self.shift).square().mean()
@@ -164,6 +167,17 @@ def test_a_run_killed_between_steps_continues_to_the_bit(tmp_path, unbroken, kil
     assert_same(contents(tmp_path), contents(unbroken))
     again, _ = run(tmp_path)
     assert_same(again.state_dict(), generator.state_dict())
+
+
+def test_hidden_matrices_of_muon_continue_to_the_bit_too(tmp_path):
+    config = replace(CONFIG, muon_learning_rate=0.02)
+    run(tmp_path / "muon", config)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Killer(patch, 20)
+        run(tmp_path / "killed", config)
+    assert CheckpointFolder(tmp_path / "killed" / "checkpoints", {}).latest_step() == 4
+    run(tmp_path / "killed", config)
+    assert_same(contents(tmp_path / "killed"), contents(tmp_path / "muon"))
 
 
 def test_no_line_is_written_twice_and_none_is_lost(tmp_path, unbroken):

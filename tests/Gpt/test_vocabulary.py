@@ -2,14 +2,12 @@
 
 import itertools
 
-import jaxtyping
 import pytest
 import torch
 
-with jaxtyping.install_import_hook("Gpt.vocabulary", "beartype.beartype"):
-    from Gpt import vocabulary
-    from Gpt.vocabulary import grammar
+from Gpt import vocabulary
 from Gpt.errors import ConfigError
+from Gpt.vocabulary import grammar
 from Gpt.vocabulary.grammar import Clause, Difference, Everything, Union
 
 TINY = "classes\tphrases\ncat\tcats | kittens\ndog\tdogs\nship\tships\ncat dog\tanimals | ~that breathe\nnone\tforks"

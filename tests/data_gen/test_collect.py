@@ -6,11 +6,9 @@ import threading
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
-with install_import_hook("data_gen.collect", "beartype.beartype"):
-    from data_gen import collect as collecting
-    from data_gen.collect import claim, collect, snapshot_schedule, total_iterations, train_population
+from data_gen import collect as collecting
+from data_gen.collect import claim, collect, snapshot_schedule, total_iterations, train_population
 from Gpt.data import shards
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, TaskError, ZooError

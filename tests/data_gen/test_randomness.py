@@ -1,10 +1,8 @@
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from scipy import stats
 
-with install_import_hook("data_gen.randomness", "beartype.beartype"):
-    from data_gen.randomness import below, hash32, permuted, random_words, run_keys
+from data_gen.randomness import below, hash32, permuted, random_words, run_keys
 
 
 def whole_epoch(keys, epoch, length):

@@ -3,12 +3,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import install_import_hook
 from torch import nn
 from torch.func import functional_call
 
-with install_import_hook("data_gen.vision", "beartype.beartype"):
-    from data_gen import vision
+from data_gen import vision
 from data_gen.randomness import random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.networks import MLP, ConvNet

@@ -1,6 +1,5 @@
 """The default generator of whole networks: what it learns, and what sampling promises."""
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -10,9 +9,7 @@ from Gpt.diffusion.objectives import DDPM, FlowMatching
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.structure import Structure
-
-with jaxtyping.install_import_hook(["rpg.tokens", "rpg.denoiser", "rpg.generator"], "beartype.beartype"):
-    from rpg.generator import Rpg, RpgConfig, network_count
+from rpg.generator import Rpg, RpgConfig, network_count
 
 WIDTH = 32
 POLICIES = ("flat", "within_layer", "by_channel", "neuron", "aligned_neuron")

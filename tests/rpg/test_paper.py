@@ -1,6 +1,5 @@
 """The published generator: sizes, the denoiser layer by layer, where conditions reach, sampling token by token."""
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,18 +10,16 @@ from Gpt.diffusion.objectives import DDPM
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.structure import Structure
-
-with jaxtyping.install_import_hook(["rpg.tokens", "rpg.generator", "rpg.paper"], "beartype.beartype"):
-    from rpg.paper import (
-        BASE_CHANNELS,
-        LARGE_CHANNELS,
-        PAPER_SIZES,
-        PaperSize,
-        RpgPaper,
-        RpgPaperConfig,
-        TokenDenoiser,
-        time_features,
-    )
+from rpg.paper import (
+    BASE_CHANNELS,
+    LARGE_CHANNELS,
+    PAPER_SIZES,
+    PaperSize,
+    RpgPaper,
+    RpgPaperConfig,
+    TokenDenoiser,
+    time_features,
+)
 
 STRUCTURE = Structure.of(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))
 MASK = {"class_mask": 10}

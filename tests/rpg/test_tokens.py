@@ -4,7 +4,6 @@ import math
 import warnings
 from itertools import accumulate
 
-import jaxtyping
 import pytest
 import torch
 import torchvision
@@ -13,9 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from Gpt.errors import ConfigError, StructureError
 from Gpt.structure import Structure
-
-with jaxtyping.install_import_hook(["rpg.tokens", "rpg.denoiser"], "beartype.beartype"):
-    from rpg.tokens import CUTS, Latents, Layout, PositionCode, cut, sinusoids, token_coordinates, token_sizes
+from rpg.tokens import CUTS, Latents, Layout, PositionCode, cut, sinusoids, token_coordinates, token_sizes
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 

@@ -1,18 +1,13 @@
 import itertools
 
-import jaxtyping
 import pytest
 import torch
-from beartype import beartype
 from torch import nn
 
 from Gpt.data.alignment import align, is_exact, permutation_distance
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.population import Population, stack_initial
 from Gpt.structure import Structure
-
-align = jaxtyping.jaxtyped(typechecker=beartype)(align)
-permutation_distance = jaxtyping.jaxtyped(typechecker=beartype)(permutation_distance)
 
 
 def small_mlp() -> MLP:

@@ -6,13 +6,11 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from safetensors.torch import save_file
 from torch import nn
 
-with install_import_hook("Gpt.data.importers", "beartype.beartype"):
-    from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data import shards
+from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, ZooError
 from Gpt.networks import MLP

@@ -4,13 +4,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from safetensors.torch import load_file
 
-with install_import_hook(["Gpt.data.shards", "Gpt.data.zoo"], "beartype.beartype"):
-    from Gpt.data import shards
-    from Gpt.data import zoo as zoo_module
-    from Gpt.data.zoo import Zoo, scales
+from Gpt.data import shards
+from Gpt.data import zoo as zoo_module
+from Gpt.data.zoo import Zoo, scales
 from Gpt.errors import ZooError
 from Gpt.networks import MLP
 from Gpt.recipes import SupervisedRecipe

@@ -1,15 +1,12 @@
 """A small task with a zoo that trains in a second, and generators whose behaviour is known in advance."""
 
-import jaxtyping
 import pytest
 import torch
 
-with jaxtyping.install_import_hook(["Gpt.evaluation", "Gpt.data.alignment"], "beartype.beartype"):
-    from Gpt.data.zoo import Zoo
-    from Gpt.evaluation import baselines
-    from Gpt.evaluation.evaluate import evaluate  # noqa: F401 - imports every module with its shapes checked
-    from Gpt.evaluation.optimisers import OPTIMISERS, optimise
-    from Gpt.evaluation.population import test_population as measure
+from Gpt.data.zoo import Zoo
+from Gpt.evaluation import baselines
+from Gpt.evaluation.optimisers import OPTIMISERS, optimise
+from Gpt.evaluation.population import test_population as measure
 from Gpt.generator import Generator
 from Gpt.networks import MLP
 from Gpt.population import stack_initial

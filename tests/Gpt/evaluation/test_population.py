@@ -22,7 +22,8 @@ def test_batched_equals_one_by_one_in_any_chunks(task, weights, batch, monkeypat
     one_by_one = population.test_population(replace(task, batched=False), weights, "validation")
     batched = population.test_population(task, weights, "validation", batch=batch)
     torch.testing.assert_close(batched["validation_loss"], one_by_one["validation_loss"])
-    correct = [population.correct_population(replace(task, batched=b), weights, "test", batch=batch) for b in (False, True)]
+    tasks = [replace(task, batched=batched) for batched in (False, True)]
+    correct = [population.correct_population(t, weights, "test", batch=batch) for t in tasks]
     assert torch.equal(*correct) and correct[0].shape == (7, 200)
 
 

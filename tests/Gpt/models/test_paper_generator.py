@@ -1,13 +1,10 @@
 """The published G.pt as a generator: sizes of the five configurations, what reaches the network, what is refused."""
 
-import jaxtyping
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-with jaxtyping.install_import_hook("Gpt.models.paper_generator", "beartype.beartype"):
-    from Gpt.models.paper_generator import PaperConfig, PaperGpt
 import main
 from Gpt.checkpoint import CheckpointFolder, TrainingState
 from Gpt.conditions import Conditions
@@ -15,6 +12,7 @@ from Gpt.diffusion.objectives import DDPM, FlowMatching
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.generator import Batch
 from Gpt.models.gpt_paper import PUBLISHED_MODELS
+from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng

@@ -1,0 +1,62 @@
+"""The typed configuration: every key and type is checked, and what weights depend on is told from what they do not."""
+
+from dataclasses import dataclass, field, fields, replace
+
+import pytest
+
+from Gpt.config import DataConfig, RunConfig, checked, nearest
+from Gpt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    sizes: tuple[int, ...] = (1, 2)
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = "x"
+    inner: Inner = field(default_factory=Inner)
+    free: dict[str, int] = field(default_factory=dict)
+
+
+def test_nested_values_become_dataclasses():
+    values = {"name": "y", "inner": {"sizes": [3, 4], "rate": 1}, "free": {"any": 1}}
+    assert checked(Outer, values) == Outer("y", Inner((3, 4), 1.0), {"any": 1})
+    assert checked(Outer, {}) == Outer()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"nam": "y"}, ["'prefix.nam'", "did you mean 'name'?"]),
+        ({"inner": {"size": [1]}}, ["'prefix.inner.size'", "did you mean 'sizes'?"]),
+        ({"zzz": 1}, ["'prefix.zzz'", "known: free, inner, name"]),
+        ({"inner": {"rate": "fast"}}, ["prefix.inner.rate='fast'", "number"]),
+        ({"inner": {"sizes": [1, "b"]}}, ["prefix.inner.sizes.1='b'", "integer"]),
+        ({"inner": 3}, ["prefix.inner=3"]),
+        ({"name": None}, ["prefix.name=None", "string"]),
+    ],
+)
+def test_wrong_keys_and_values_are_named_with_their_place(values, words):
+    with pytest.raises(ConfigError) as caught:
+        checked(Outer, values, "prefix.")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_nearest_words():
+    assert nearest("stpes", ["steps", "width"]) == "did you mean 'steps'?"
+    assert nearest("qqq", ["steps", "width"]) == "known: steps, width"
+
+
+def test_training_settings_hold_what_weights_depend_on_and_nothing_else():
+    config = RunConfig()
+    free = {"data", "evaluation", "logger", "run", "device", "resume", "resume_path", "test_only", "collect_only"}
+    settings = config.training_settings()
+    assert set(settings) == {f.name for f in fields(RunConfig)} - free
+    assert replace(config, data=DataConfig("elsewhere"), device="cpu").training_settings() == settings
+    moved = replace(config, zoo=replace(config.zoo, path="zoo", shard_runs=7, population=3, storage="disk"))
+    assert moved.training_settings() == settings
+    for change in ({"seed": 1}, {"zoo": replace(config.zoo, runs=7)}, {"trainer": replace(config.trainer, steps=7)}):
+        assert replace(config, **change).training_settings() != settings
