@@ -35,6 +35,7 @@ from Gpt.data.zoo import Zoo, scales
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.errors import CheckpointError, ConfigError, UserError
 from Gpt.evaluation.evaluate import evaluate, validation_score
+from Gpt.evaluation.family import evaluate_family, family_score
 from Gpt.evaluation.results import Results
 from Gpt.generator import Generator
 from Gpt.models.gpt import Gpt, GptConfig
@@ -47,6 +48,8 @@ from Gpt.report.text import print_table
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task, get_task, load_task_modules
 from Gpt.training import train
+from rpg.generator import Rpg, RpgConfig
+from rpg.paper import RpgPaper, RpgPaperConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 FIT_EXAMPLES = 8192  # examples that normalisation scales are read off
@@ -54,6 +57,8 @@ FIT_EXAMPLES = 8192  # examples that normalisation scales are read off
 GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
     "gpt": (GptConfig, Gpt),
     "gpt_paper": (PaperConfig, PaperGpt),
+    "rpg": (RpgConfig, Rpg),
+    "rpg_paper": (RpgPaperConfig, RpgPaper),
 }
 
 
@@ -87,6 +92,11 @@ class Experiment:
         sources.configure(self.config.data.root, self.config.data.download)
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task)
+        if task.family and "class_mask" not in self.config.condition.names:
+            raise ConfigError(
+                f"task {task.name!r} is one task for each class mask, so its generator has to be told the mask; add "
+                "condition=class_mask"
+            )
         if self.config.zoo.recipe:
             known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
             for key in self.config.zoo.recipe:
@@ -124,8 +134,8 @@ class Experiment:
             task.structure,
             storage=settings.storage,
             device=self.device,
-            test_runs=settings.test_runs,
-            validation_runs=settings.validation_runs,
+            test_runs=task.family.test_runs if task.family else settings.test_runs,
+            validation_runs=task.family.validation_runs if task.family else settings.validation_runs,
         )
 
     def _import_zoo(self) -> None:
@@ -245,7 +255,8 @@ def run(experiment: Experiment) -> Results | None:
         if not primary:
             return None
         write_json(folder / "summary.json", summary)
-        results = evaluate(
+        judge = evaluate_family if experiment.task.family else evaluate
+        results = judge(
             experiment.trained(),
             experiment.task,
             zoo,
@@ -265,9 +276,8 @@ def run(experiment: Experiment) -> Results | None:
 
 def score(generator: Generator, experiment: Experiment) -> dict[str, float]:
     """Validation metrics for the loop; "score" is the one-update metric, signed so that lower is better."""
-    measured = validation_score(
-        generator, experiment.task, experiment.zoo, experiment.config.evaluation, experiment.device
-    )
+    measure = family_score if experiment.task.family else validation_score
+    measured = measure(generator, experiment.task, experiment.zoo, experiment.config.evaluation, experiment.device)
     metric = measured[f"validation_{experiment.task.metric}"]
     return {name.removeprefix("validation_"): value for name, value in measured.items()} | {
         "score": metric if experiment.task.minimize else -metric

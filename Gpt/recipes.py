@@ -14,6 +14,8 @@ class SupervisedRecipe:
         epochs: passes over the training split; every epoch drops its last incomplete mini-batch.
         schedule: "cosine" decays the learning rate to zero, stepped every iteration; "constant" leaves it alone.
         augmentation: "none", or "flip_crop" (horizontal flip with probability one half, crop after zero-padding by 4).
+        shared_init: all runs start from one network, that of run 0, and differ in their mini-batches and labels alone;
+            hidden unit i then plays a similar part in all of them.
     """
 
     epochs: int = 25
@@ -25,6 +27,7 @@ class SupervisedRecipe:
     weight_decay: float = 5e-4
     schedule: str = "cosine"
     augmentation: str = "none"
+    shared_init: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Collecting a zoo: populations are trained shard after shard, by one worker or by several that share a folder."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +21,7 @@ from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards
 from Gpt.data.shards import Manifest
 from Gpt.errors import ConfigError, TaskError
+from Gpt.masks import label_map
 from Gpt.recipes import PpoRecipe, Recipe, SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
@@ -72,6 +75,13 @@ def _recipe(task: Task) -> Recipe:
     return task.recipe
 
 
+def _recipe_record(task: Task) -> dict[str, Any]:
+    """What the networks of a zoo depend on: the recipe and, of a family, which run has which mask."""
+    recipe = _recipe(task)
+    record = {"type": type(recipe).__name__, **dataclasses.asdict(recipe)}
+    return record if task.family is None else record | {"family": dataclasses.asdict(task.family)}
+
+
 def train_population(
     task: Task,
     run_ids: list[int],
@@ -88,7 +98,10 @@ def train_population(
     """
     recipe = _recipe(task)
     if isinstance(recipe, SupervisedRecipe):
-        return train_supervised_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
+        labels = None if task.family is None else label_map(task.family.mask_of_runs(torch.tensor(run_ids)))
+        return train_supervised_population(
+            task, recipe, run_ids, seed, snapshot_iterations, device, label_map=labels, progress=progress
+        )
     weights, metrics = train_ppo_population(recipe, run_ids, seed, snapshot_iterations, torch.device(device))
     if progress:
         progress(len(run_ids) * len(snapshot_iterations))
@@ -133,7 +146,7 @@ def collect(
     manifest = Manifest.of(
         task.zoo_name,
         task.structure,
-        _recipe(task),
+        _recipe_record(task),
         seed=seed,
         iterations=iterations,
         dtype=dtype,

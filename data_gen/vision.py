@@ -22,7 +22,7 @@ from Gpt.population import Population, stack_initial
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import derive_seed
 from Gpt.structure import Structure
-from Gpt.tasks import Task, classification_error, classification_loss
+from Gpt.tasks import Task, classification_error, classification_loss, mask_error
 
 TRAIN_METRIC_EXAMPLES = 2000
 CROP_PADDING = 4
@@ -117,8 +117,10 @@ class TrainingStep:
 
     def initial_state(self, run_ids: list[int], seed: int, label_map: Tensor | None = None) -> State:
         """Freshly initialised runs."""
-        seeds = [derive_seed(seed, "init", run_id) for run_id in run_ids]
+        names = [0] if self.recipe.shared_init else run_ids
+        seeds = [derive_seed(seed, "init", name) for name in names]
         weights = stack_initial(self.task.constructor, self.task.structure, seeds).to(self.device)
+        weights = weights.expand(len(run_ids), -1).clone()
         state = {
             "weights": weights,
             "iteration": torch.zeros((), dtype=torch.long, device=self.device),
@@ -311,11 +313,12 @@ def measure(
     """The zoo's columns for P networks, see `train_supervised_population`."""
     columns: dict[str, Tensor] = {}
     for split in ("train", "validation", "test"):
-        own_test = task.task_test_fn not in (classification_loss, classification_error)
+        own_test = task.task_test_fn not in (classification_loss, classification_error, mask_error)
         if own_test and split != "train":
-            columns |= score_population(task, weights, split, device=weights.device)
+            masks = None if task.family is None or label_map is None else label_map.bool()
+            columns |= score_population(task, weights, split, masks=masks, device=weights.device)
             continue
-        inputs, labels = task.data(split, weights.device)
+        inputs, labels = task.data(split, weights.device)[:2]
         if split == "train":
             inputs, labels = inputs[:TRAIN_METRIC_EXAMPLES], labels[:TRAIN_METRIC_EXAMPLES]
         loss, error = cross_entropy_and_error(task, weights, inputs, labels, label_map)

@@ -99,6 +99,9 @@ class Rpg(Generator):
         self.latents.fit(batch.target)
         self.conditions.fit(split_identity(batch.prompt)[0])
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return [layer.weight for b in self.denoiser.blocks for layer in (b.qkv, b.out, b.up, b.down)]
+
     def compile_networks(self) -> None:
         self.denoiser.compile()
 

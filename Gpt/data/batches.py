@@ -56,6 +56,7 @@ class BatchSampler:
         self.rows = zoo.split(split)
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
         self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
+        self.masks = _masks_of_rows(zoo, task) if "class_mask" in conditions else None
 
     def __call__(self, count: int, rng: torch.Generator) -> Batch:
         """`count` independent examples."""
@@ -84,8 +85,20 @@ class BatchSampler:
             wanted = self.metric[rows, target]
             given = self.metric[rows, start] if start is not None else torch.full_like(wanted, torch.nan)
             prompt["target_metric"] = torch.stack([given, wanted], dim=1)
+        if self.masks is not None:
+            prompt["class_mask"] = self.masks[rows]
         return prompt
 
 
 def _uniform(count: int, rng: torch.Generator) -> Float[Tensor, " count"]:
     return torch.rand(count, generator=rng, device=rng.device)
+
+
+def _masks_of_rows(zoo: Zoo, task: Task) -> Float[Tensor, "runs classes"]:
+    """The mask that each run was trained on."""
+    if task.family is None:
+        raise ConfigError(
+            f"condition class_mask: task {task.name!r} has no masks; choose a task with the key 'family', such as "
+            "digits_mask, or another condition"
+        )
+    return task.family.mask_of_runs(zoo.run_ids).float()

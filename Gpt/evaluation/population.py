@@ -32,6 +32,7 @@ def test_population(
     task: Task,
     weights: Float[Tensor, "P D"],
     split: str,
+    masks: Bool[Tensor, "P classes"] | None = None,
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
@@ -40,6 +41,9 @@ def test_population(
 
     A batched task is called once for every `batch` networks, any other once for each network. A metric that is not a
     number becomes the worst one, so that a broken network counts as broken.
+
+    Args:
+        masks: of a family, the mask that each network is measured on; the first held-out one when None.
 
     Returns:
         `{f"{split}_{metric}": [P]}` on the CPU. A batched classification task whose function returns a pair, (loss,
@@ -51,11 +55,14 @@ def test_population(
     device = device or weights.device
     data = task.data(split, device)
     if not task.batched:
-        values = [_first(task.task_test_fn(*data, net)) for net in _one_by_one(task, weights, device)]
+        nets = _one_by_one(task, weights, device)
+        values = [_first(task.task_test_fn(*_with_mask(data, masks, i), net)) for i, net in enumerate(nets)]
         return {f"{split}_{task.metric}": _finite_or_worst(torch.tensor(values).float(), task.metric, task.minimize)}
     columns: dict[str, list[Tensor]] = {}
-    for chunk in weights.split(batch):
-        result = task.task_test_fn(*data, ChunkedPopulation(task, chunk.to(device)))
+    for first in range(0, len(weights), batch):
+        chunk = weights[first : first + batch]
+        inputs = _with_mask(data, masks, slice(first, first + batch))
+        result = task.task_test_fn(*inputs, ChunkedPopulation(task, chunk.to(device)))
         for metric, value in _named(task, result).items():
             columns.setdefault(metric, []).append(_column(task, value, len(chunk)))
     return {
@@ -69,11 +76,12 @@ def correct_population(
     task: Task,
     weights: Float[Tensor, "P D"],
     split: str,
+    masks: Bool[Tensor, "P classes"] | None = None,
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "P N"]:
-    """Which of the split's N examples every network gets right, on the CPU.
+    """Which of the split's N examples every network gets right, on the CPU; `masks` as in `test_population`.
 
     Raises:
         TaskError: the task has no `correct_fn`.
@@ -83,9 +91,19 @@ def correct_population(
     device = device or weights.device
     data = task.data(split, device)
     if not task.batched:
-        return torch.stack([task.correct_fn(*data, net).cpu() for net in _one_by_one(task, weights, device)])
-    populations = (ChunkedPopulation(task, chunk.to(device)) for chunk in weights.split(batch))
-    return torch.cat([task.correct_fn(*data, population).cpu() for population in populations])
+        nets = _one_by_one(task, weights, device)
+        return torch.stack([task.correct_fn(*_with_mask(data, masks, i), net).cpu() for i, net in enumerate(nets)])
+    parts = []
+    for first in range(0, len(weights), batch):
+        inputs = _with_mask(data, masks, slice(first, first + batch))
+        population = ChunkedPopulation(task, weights[first : first + batch].to(device))
+        parts.append(task.correct_fn(*inputs, population).cpu())
+    return torch.cat(parts)
+
+
+def _with_mask(data: tuple, masks: Bool[Tensor, "P classes"] | None, networks: int | slice) -> tuple:
+    """The test function's inputs with the masks of these networks in the place of the family's first one."""
+    return data if masks is None else (*data[:-1], masks[networks].to(data[-1].device))
 
 
 def _one_by_one(task: Task, weights: Float[Tensor, "P D"], device: torch.device | str) -> Iterator[nn.Module]:

@@ -1,6 +1,7 @@
 """docs/new_task.md is true: its files are saved, its commands run, at a tiny size, and do what the text says."""
 
 import json
+import logging
 import re
 import runpy
 import shlex
@@ -67,6 +68,7 @@ def test_a_task_with_a_recipe(monkeypatch, capsys, place):
     execute(monkeypatch, command_with("collect_only"), *TINY, *TINY_ZOO)
     assert "48 runs x 5 snapshots x 139 weights in zoos/wine_loss" in capsys.readouterr().out
     assert not (place / "runs").exists()
+    assert not logging.getLogger("Gpt.report.logger").disabled  # hydra would, and warnings would be lost
     shards = {f: f.stat().st_mtime_ns for f in (place / "zoos").rglob("*.safetensors")}
     execute(monkeypatch, command_with("run.name=wine"), *TINY, *TINY_ZOO)
     assert shards == {f: f.stat().st_mtime_ns for f in (place / "zoos").rglob("*.safetensors")}

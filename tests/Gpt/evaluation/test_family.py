@@ -1,0 +1,198 @@
+"""Families in closed form: with one-hot images, the network of a mask is the mask itself, so every row is known."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from Gpt.data.zoo import Zoo
+from Gpt.errors import ConfigError
+from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.evaluation.family import evaluate_family, family_score
+from Gpt.evaluation.population import correct_population
+from Gpt.evaluation.population import test_population as measure
+from Gpt.generator import Generator
+from Gpt.masks import MaskSplit, hamming
+from Gpt.recipes import SupervisedRecipe
+from Gpt.report.figures import save_figures
+from Gpt.report.html import write_report
+from Gpt.report.text import print_table, summarise
+from Gpt.tasks import Task, check_entry, mask_correct, mask_error
+
+FAMILY = MaskSplit(held_out=6, validation=4, runs_per_mask=2)
+CONFIG = EvaluationConfig(label="ours", samples_per_prompt=3, max_batch=7)
+
+
+def one_hot(copies: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.eye(10).repeat(copies, 1), torch.arange(10).repeat(copies)
+
+
+def network_of(masks: torch.Tensor) -> torch.Tensor:
+    """Weights [-s, s] and no bias, where s is +1 for classes of the mask and -1 for others."""
+    signs = 2.0 * masks.float() - 1
+    return torch.cat([-signs, signs, torch.zeros(len(masks), 2)], 1)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    entry = {
+        "task_test_fn": mask_error,
+        "constructor": lambda: nn.Linear(10, 2),
+        "data_fn": lambda: one_hot(2),
+        "validation_data_fn": lambda: one_hot(1),
+        "train_data_fn": lambda: one_hot(3),
+        "correct_fn": mask_correct,
+        "minimize": True,
+        "best_prompt": 0.0,
+        "recursive_prompt": 0.0,
+        "metric": "error",
+        "batched": True,
+        "recipe": SupervisedRecipe(epochs=1, batch_size=10, shared_init=True),
+        "conditions": ("class_mask",),
+        "family": FAMILY,
+    }
+    return check_entry("one_hot_masks", entry).verify()
+
+
+@pytest.fixture(scope="module")
+def zoo(task) -> Zoo:
+    """Every training mask once; run 1, of the second held-out mask, was dropped. Snapshot 0 is numbered by the run."""
+    ids = torch.tensor([i for i in range(20 + len(FAMILY.train_masks)) if i != 1])
+    masks = FAMILY.mask_of_runs(ids)
+    final = network_of(masks)
+    weights = torch.stack([ids[:, None].expand_as(final).float(), final], 1)
+    error = measure(task, final, "validation", masks)["validation_error"]
+    metrics = {"validation_error": torch.stack([torch.full_like(error, 50), error], 1)}
+    bounds = {"test_runs": FAMILY.test_runs, "validation_runs": FAMILY.validation_runs}
+    return Zoo.from_tensors(weights, metrics, ids, [0, 3], task.structure, **bounds)
+
+
+class Writing(Generator):
+    """Writes the right network, except for the masks and guidances that `fails` picks."""
+
+    default_steps = 2
+
+    def __init__(self, task: Task, fails=lambda mask, guidance: False, needs_start: bool = False):
+        super().__init__()
+        self.structure, self.fails, self.needs_start = task.structure, fails, needs_start
+        self.conditions = nn.Module()
+        self.conditions.dropout = 0.1
+        self.asked: list[tuple[torch.Tensor, float]] = []
+        self.starts: list[torch.Tensor] = []
+
+    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+        masks = prompt["class_mask"] > 0.5
+        assert not self.training and (start is not None) == self.needs_start and count == len(masks) <= 7
+        self.asked += [(mask, guidance) for mask in masks]
+        self.starts += [] if start is None else list(start)
+        wrong = torch.tensor([self.fails(mask, guidance) for mask in masks])[:, None]
+        return network_of(masks ^ wrong)
+
+
+def rows_of(generator, task, zoo, **config) -> dict:
+    results = evaluate_family(generator, task, zoo, replace(CONFIG, **config), "cpu", zoo_seconds=1.0)
+    return {row.name: row for row in results.table}
+
+
+def test_every_row_is_what_it_must_be(task, zoo):
+    rows = rows_of(Writing(task), task, zoo)
+    error = {name: row.metrics["test_error"].mean for name, row in rows.items()}
+    worst = {name: row.metrics["worst_mask_error"].mean for name, row in rows.items()}
+    held_out, seen = FAMILY.test_masks, FAMILY.train_masks
+    distance = hamming(held_out, seen).min(1).values.float()
+    assert error["ours, unseen masks"] == error["ours, seen masks"] == error["ordinary training"] == 0
+    assert error["retrieval: nearest seen mask"] == pytest.approx(10 * distance.mean().item())
+    assert worst["retrieval: nearest seen mask"] == 10 * distance.max().item()
+    assert error["retrieval: nearest mask or complement"] == pytest.approx(10 * distance.mean().item())
+    assert error["ridge from mask to weights"] == error["ridge, with products of classes"] == 0  # weights are linear
+    other = hamming(held_out, held_out.roll(-1, 0)).diag().float()
+    assert error["ours, shuffled masks"] == pytest.approx(10 * other.mean().item())
+    fewer = torch.minimum(held_out.sum(1), (~held_out).sum(1)).float()
+    assert error["majority class"] == pytest.approx(10 * fewer.mean().item())
+    assert worst["majority class"] == 10 * fewer.max().item()
+    assert error["mean network"] > 20
+    counts = {row.metrics["test_error"].count for row in rows.values()}
+    assert counts == {FAMILY.held_out}  # intervals are over masks, and a mask with a dropped run counts like the others
+
+
+def test_the_worst_mask_and_the_share_of_failures(task, zoo):
+    failing = FAMILY.test_masks[2]
+    rows = rows_of(Writing(task, lambda mask, guidance: bool((mask == failing).all())), task, zoo)
+    row = rows["ours, unseen masks"]
+    assert row.metrics["test_error"].mean == pytest.approx(100 / FAMILY.held_out)
+    assert row.metrics["worst_mask_error"].mean == 100
+    assert row.metrics["worst_mask_error"].count == CONFIG.samples_per_prompt
+    assert rows["ours, seen masks"].metrics["test_error"].mean == 0
+
+
+def test_guidance_is_chosen_on_validation_masks_and_test_masks_are_met_once(task, zoo):
+    validation = FAMILY.validation_masks
+    generator = Writing(task, lambda mask, guidance: guidance != 1.5 and bool((validation == mask).all(1).any()))
+    rows = rows_of(generator, task, zoo)
+    assert "guidance 1.5" in rows["ours, unseen masks"].note
+    for guidance in (1.0, 2.0):
+        asked = torch.stack([mask for mask, g in generator.asked if g == guidance])
+        assert (hamming(asked, validation).min(1).values == 0).all()
+    unguided = Writing(task)
+    unguided.conditions.dropout = 0.0  # without a null condition there is nothing to choose
+    rows_of(unguided, task, zoo)
+    assert {guidance for _, guidance in unguided.asked} == {1.0}
+
+
+def test_shuffled_masks_do_not_bother_a_generator_that_ignores_its_prompt(task, zoo):
+    class Deaf(Writing):
+        def sample(self, prompt, *args, **kwargs):
+            return network_of(FAMILY.test_masks[:1]).expand(len(prompt["class_mask"]), -1)
+
+    rows = rows_of(Deaf(task), task, zoo)
+    own, other = (rows[f"ours, {name} masks"].metrics["test_error"].mean for name in ("unseen", "shuffled"))
+    assert own == pytest.approx(other)
+
+
+def test_a_generator_that_needs_starts_gets_those_of_the_held_out_runs(task, zoo):
+    generator = Writing(task, needs_start=True)
+    rows_of(generator, task, zoo)
+    assert {float(start[0]) for start in generator.starts} == set(range(FAMILY.test_runs)) - {1}
+
+
+def test_the_score_of_the_training_loop_reads_validation_masks_alone(task, zoo):
+    failing = FAMILY.validation_masks[1]
+    generator = Writing(task, lambda mask, guidance: bool((mask == failing).all()))
+    generator.train()
+    score = family_score(generator, task, zoo, CONFIG, "cpu")
+    assert score == {"validation_error": 25.0, "validation_worst_mask": 100.0}
+    assert torch.equal(torch.stack([mask for mask, _ in generator.asked]), FAMILY.validation_masks)
+    assert generator.training
+
+
+def test_results_are_drawn_and_reported(task, zoo, tmp_path):
+    results = evaluate_family(Writing(task), task, zoo, CONFIG, "cpu", zoo_seconds=1.0, training_seconds=2.0)
+    json.dumps(results.to_json())
+    assert "ours, unseen masks" in print_table(results)
+    assert "retrieval" in summarise(results) and "ordinary training" in summarise(results)
+    (tmp_path / "metrics.jsonl").write_text("")
+    figures = save_figures(results, tmp_path / "metrics.jsonl", tmp_path)
+    page = write_report(tmp_path, results, {}, tmp_path / "metrics.jsonl", figures)
+    assert "majority class" in page.read_text()
+    assert any("complements" in note for note in results.notes)
+    assert any("one initialisation" in note for note in results.notes)
+
+
+def test_a_single_task_is_refused(task, zoo):
+    with pytest.raises(ConfigError, match="single task; add the key 'family'"):
+        evaluate_family(Writing(task), replace(task, family=None), zoo, CONFIG, "cpu")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 256])
+def test_networks_are_measured_on_their_own_masks_in_any_chunks(task, batch):
+    masks = FAMILY.train_masks[:9]
+    weights = network_of(masks.roll(1, 0)) + 0.1 * torch.randn(9, 22, generator=torch.Generator().manual_seed(0))
+    wanted = 10 * hamming(masks, masks.roll(1, 0)).diag().float()
+    for variant in (task, replace(task, batched=False)):
+        assert torch.allclose(measure(variant, weights, "test", masks, batch=batch)["test_error"], wanted)
+        correct = correct_population(variant, weights, "test", masks, batch=batch)
+        assert torch.allclose(100 * (1 - correct.float().mean(1)), wanted)
+    first = measure(task, network_of(FAMILY.test_masks), "test")["test_error"]  # without masks, the first held-out one
+    assert torch.allclose(first, 10 * hamming(FAMILY.test_masks, FAMILY.test_masks[:1])[:, 0].float())
