@@ -386,7 +386,7 @@ def _cifar10_mask_net() -> ConvNet:
 
 
 # Large batches make the trained network a cleaner function of its initialisation, which a generator has to learn.
-_DIGITS_RECIPE = SupervisedRecipe(epochs=60, weight_decay=2e-3)
+_DIGITS_RECIPE = SupervisedRecipe(epochs=45, weight_decay=2e-3)
 _CIFAR10_RECIPE = SupervisedRecipe(epochs=50, augmentation="flip_crop")
 # One initialisation for all masks: hidden unit i then plays a similar part in every network, which is worth more than
 # ten points of accuracy in a short training of the generator. It helps the trivial baselines (ridge, mean) as much.

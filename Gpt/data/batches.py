@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from Gpt.data.augmentation import random_index
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Prompt
@@ -64,7 +65,7 @@ class BatchSampler:
         start, target = self._pairs(count, rng) if self.with_start else (None, self._singles(count, rng))
         weights = [self.zoo.read(rows, snapshots) for snapshots in (target, start) if snapshots is not None]
         if self.permute:
-            index = self.zoo.structure.permutation_index(self.zoo.structure.random_permutations(count, rng))
+            index = random_index(self.zoo.structure, self.task.aug_fn, self.task.template, count, rng)
             weights = [flat.gather(1, index) for flat in weights]
         return Batch(weights[0], weights[1] if self.with_start else None, self._prompt(rows, start, target))
 

@@ -231,3 +231,18 @@ def test_impossible_sizes_are_named(task, tmp_path, setting):
 def test_a_task_without_recipe_is_named(tmp_path):
     with pytest.raises(TaskError, match="'toy' has no recipe"):
         gather(make_task(recipe=None), tmp_path)
+
+
+def test_a_family_is_collected_on_its_masks_and_keeps_apart_from_other_splits(tmp_path):
+    family = MaskSplit(held_out=2, validation=1)
+    task = make_task(
+        task_test_fn=mask_error, constructor=lambda: nn.Linear(4, 2), metric="error", family=family
+    )
+    zoo = gather(task, tmp_path)
+    masks = family.mask_of_runs(torch.arange(7))
+    final = zoo.read(torch.arange(7), torch.full((7,), 3))
+    expected = test_population(task, final, "validation", masks)["validation_error"]
+    torch.testing.assert_close(zoo.metrics["validation_error"][:, -1], expected, atol=1e-3, rtol=1e-4)
+    assert zoo.manifest.recipe["family"] == dataclasses.asdict(family)
+    with pytest.raises(ZooError):
+        gather(dataclasses.replace(task, family=MaskSplit(held_out=2, validation=1, seed=1)), tmp_path)

@@ -9,9 +9,11 @@ from torch.func import functional_call
 from data_gen import vision
 from data_gen.randomness import random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
+from Gpt.evaluation.population import test_population as measure
+from Gpt.masks import MaskSplit, label_map
 from Gpt.networks import MLP, ConvNet
 from Gpt.recipes import SupervisedRecipe
-from Gpt.tasks import Task, classification_loss
+from Gpt.tasks import Task, classification_loss, mask_error
 
 RECIPE = SupervisedRecipe(epochs=3, batch_size=8, learning_rate=0.05)
 
@@ -248,3 +250,36 @@ def test_unusable_data_and_networks_are_named():
         train(task_of(mlp), recipe=dataclasses.replace(RECIPE, augmentation="flip_crop"))
     with pytest.raises(TaskError, match="dropout 0"):
         train(task_of(lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))))
+
+
+def test_a_shared_initialisation_is_that_of_run_0_and_leaves_the_mini_batches_alone():
+    task, shared = task_of(mlp), dataclasses.replace(RECIPE, shared_init=True)
+    own, _ = train(task)
+    one, _ = train(task, recipe=shared)
+    assert torch.equal(one[:, 0], own[:1, 0].expand(3, -1))
+    assert torch.equal(one[0], own[0])
+    assert not torch.allclose(one[1, 1], one[0, 1])  # other mini-batches
+    alone, _ = train(task, run_ids=(2,), recipe=shared)
+    torch.testing.assert_close(alone[0], one[2], atol=1e-5, rtol=1e-4)
+
+
+def mask_task(**fields):
+    """Three of the ten classes occur; the masks of other classes are constant tasks."""
+    family = MaskSplit(held_out=2, validation=1)
+    return task_of(lambda: MLP(6, 5, 2), task_test_fn=mask_error, metric="error", family=family, **fields)
+
+
+def own_error(x, y, mask, net):
+    return mask_error(x, y, mask, net)
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+def test_runs_of_a_family_are_measured_on_their_own_masks(own_test):
+    task, masks = mask_task(), torch.eye(10, dtype=torch.bool)[:3]
+    variant = dataclasses.replace(task, task_test_fn=own_error) if own_test else task
+    weights, metrics = train(variant, label_map=label_map(masks))
+    for column in ("validation_error", "validation_loss", "test_error", "test_loss"):
+        split = column.partition("_")[0]
+        expected = [measure(task, weights[:, s], split, masks)[column] for s in range(3)]
+        torch.testing.assert_close(metrics[column], torch.stack(expected, 1), atol=1e-4, rtol=1e-4)
+    assert metrics["train_error"][[0, 2], -1].max() < 30  # class 1 lies between the others

@@ -1,5 +1,7 @@
 """Training examples: two snapshots of one run in the right order, renamed alike, with the metrics that go with them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -7,6 +9,7 @@ from torch.func import functional_call
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
+from Gpt.masks import MaskSplit
 from Gpt.networks import MLP
 from Gpt.seeds import rng
 from Gpt.tasks import Task, check_entry, classification_loss
@@ -118,3 +121,18 @@ def test_pairs_need_two_snapshots(task):
     with pytest.raises(ConfigError, match="pairs of snapshots, but the zoo has one snapshot of each run"):
         sampler(zoo, task)
     assert sampler(zoo, task, with_start=False)(4, rng("cpu", 0)).target.shape == (4, task.structure.size)
+
+
+def test_the_prompt_of_a_family_is_the_mask_of_the_run(task, zoo):
+    family = MaskSplit(held_out=2, validation=1)
+    batch = sampler(zoo, replace(task, family=family), conditions=("class_mask",), with_start=False)(500, rng("cpu", 0))
+    run, _ = decoded(batch.target)
+    assert batch.start is None and batch.prompt.keys() == {"class_mask"}
+    assert batch.prompt["class_mask"].dtype == torch.float32
+    assert torch.equal(batch.prompt["class_mask"] > 0.5, family.mask_of_runs(run))
+    assert len(run.unique()) == RUNS - 5
+
+
+def test_a_single_task_has_no_masks_to_prompt_with(zoo, task):
+    with pytest.raises(ConfigError, match="class_mask: task 'numbered' has no masks.*'family'"):
+        sampler(zoo, task, conditions=("class_mask",))
