@@ -12,6 +12,7 @@ several conditions are added.
 
 import difflib
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -125,7 +126,7 @@ class Conditions(nn.Module):
     def fit(self, prompt: Prompt) -> None:
         """Read scales off a sample of training prompts."""
         if "target_metric" in self.encoders:
-            self.encoders["target_metric"].scale.fit(prompt["target_metric"])
+            cast(TargetMetric, self.encoders["target_metric"]).scale.fit(prompt["target_metric"])
 
     def keep(self, batch: int, rng: torch.Generator) -> Bool[Tensor, "conditions batch"]:
         """Which conditions training keeps: each is dropped on its own with probability `dropout`."""

@@ -161,7 +161,7 @@ def checked(schema: type[Schema], values: dict[str, Any], where: str = "") -> Sc
 
 
 def _check_keys(schema: type, values: dict[str, Any], where: str) -> None:
-    known = {f.name: f.type for f in dataclasses.fields(schema)}
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema)}
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"configuration: there is no key {where + key!r}; {nearest(key, list(known))}")

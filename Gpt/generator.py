@@ -40,14 +40,16 @@ class Generator(nn.Module):
     structure: Structure
     default_steps: int
     needs_start: bool
-    augment = False
-    """Whether training must rename hidden units at random, because the network is not equivariant by itself."""
+    @property
+    def augment(self) -> bool:
+        """Whether training must rename hidden units at random, because the network is not equivariant by itself."""
+        return False
 
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """Weights of the hidden linear layers, which Muon may train; embeddings, heads and modulation are not among them."""
+        """Weights of the hidden linear layers, which Muon may train; embeddings, heads and modulation stay out."""
         return []
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

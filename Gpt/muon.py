@@ -1,7 +1,8 @@
 """Muon: momentum whose update is orthogonalised, for the hidden matrices of a network (Jordan et al. 2024).
 
-torch.optim.Muon computes the same update one matrix at a time and always in bfloat16, which on a CPU without bfloat16 instructions
-takes longer than the backward pass. Here equal shapes go through Newton-Schulz together, in float32 on a CPU.
+torch.optim.Muon computes the same update one matrix at a time and always in bfloat16, which on a CPU without bfloat16
+instructions takes longer than the backward pass. Here equal shapes go through Newton-Schulz together, in float32 on a
+CPU.
 """
 
 from collections import defaultdict
@@ -20,11 +21,11 @@ MOMENTUM = 0.95
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with `muon=True`: matrices whose Nesterov momentum is orthogonalised.
 
-    A Muon group's `lr` is the spectral norm of one update, times sqrt(rows / columns) where a matrix is taller than wide; it
-    takes `momentum` (0.95) and `weight_decay` from its group.
+    A Muon group's `lr` is the spectral norm of one update, times sqrt(rows / columns) where a matrix is taller than
+    wide; it takes `momentum` (0.95) and `weight_decay` from its group.
     """
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         groups = self.param_groups
         try:
@@ -44,14 +45,15 @@ class MuonAdamW(torch.optim.AdamW):
                 shapes[p.shape].append(p)
         momentum = group.get("momentum", MOMENTUM)
         for params in shapes.values():
-            gradients = [p.grad for p in params]
+            gradients = [p.grad for p in params if p.grad is not None]
             buffers = [self._momentum(p) for p in params]
             torch._foreach_lerp_(buffers, gradients, 1 - momentum)
             directions = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
             updates = orthogonalize(directions).to(params[0].dtype).unbind()
             rows, columns = params[0].shape
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+            values: list[Tensor] = [*params]
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(values, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _momentum(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]

@@ -29,6 +29,9 @@ class NeuronTokens(nn.Module):
         StructureError: the structure has no symmetry, so there are no hidden units to make tokens of.
     """
 
+    first: Tensor
+    last: Tensor
+
     def __init__(self, structure: Structure):
         super().__init__()
         if not structure.groups:

@@ -260,7 +260,7 @@ def train_text_head(
     Raises:
         DataError: no sentence is a single clause.
     """
-    texts = {}
+    texts: dict = {}
     for sentence in sentences:
         expression = parse(sentence.text)
         if isinstance(expression, Clause):

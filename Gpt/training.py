@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -98,17 +98,19 @@ def train(
             f"trainer.batch_size={config.batch_size}"
         )
     ema = AveragedModel(generator, multi_avg_fn=_ema(config.ema_decay))
+    averaged = cast(Generator, ema.module)
     optimizer = _optimizer(generator, config, device)
-    state = checkpoints.load(generator, ema.module, optimizer) if checkpoints.exists() else TrainingState()
+    state = checkpoints.load(generator, averaged, optimizer) if checkpoints.exists() else TrainingState()
     ema.n_averaged.fill_(state.step)
     if config.compile:
         generator.compile_networks()
     step_loss = _Loss(generator)
-    model = DistributedDataParallel(step_loss) if world > 1 else step_loss
+    parallel = DistributedDataParallel(step_loss) if world > 1 else None
+    model = parallel or step_loss
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(config.precision, device))
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
-    running, since = torch.zeros((), device=device), state.step
+    running, since, norm = torch.zeros((), device=device), state.step, torch.zeros(())
     settled = state.step  # resumed at this step, which was validated and saved by the session before
 
     while True:
@@ -118,15 +120,15 @@ def train(
         if validate or save:
             _check_finite("gradient norm", norm.item(), state.step, config)
         if validate:
-            facts = _validate(ema.module, draw_validation, score, config, device, seed)
+            facts = _validate(averaged, draw_validation, score, config, device, seed)
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
             if rank == 0 and facts["score"] < state.best_score:
                 state.best_score, state.best_step = facts["score"], state.step
-                checkpoints.save_best(state, ema.module, {"step": state.step, **facts})
+                checkpoints.save_best(state, averaged, {"step": state.step, **facts})
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
         state.seconds = time.perf_counter() - begun
         if rank == 0 and save:
-            checkpoints.save(state, generator, ema.module, optimizer)
+            checkpoints.save(state, generator, averaged, optimizer)
         if last:
             break
 
@@ -136,7 +138,7 @@ def train(
             noise = rng(device, seed, "batch", state.step, part)
             batch = draw(config.batch_size // config.slices, noise)
             final = part + world >= config.slices
-            with autocast, contextlib.nullcontext() if final or world == 1 else model.no_sync():
+            with autocast, contextlib.nullcontext() if final or parallel is None else parallel.no_sync():
                 loss = model(batch, noise) * world / config.slices
             loss.backward()
             running += loss.detach() / world
@@ -164,7 +166,8 @@ def train(
 def mixed_precision(precision: str, device: torch.device) -> bool:
     """Whether products are computed in bfloat16; "auto" asks the device."""
     if precision == "auto":
-        return device.type == "cuda" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.9
+        return device.type == "cuda" or capabilities.get("avx512_bf16", False)
     return precision == "bfloat16"
 
 
@@ -200,7 +203,7 @@ def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device
     return optimizer
 
 
-def _ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _ema(decay: float) -> Callable[..., None]:
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         step = int(count)

@@ -100,7 +100,7 @@ class Rpg(Generator):
         self.conditions.fit(split_identity(batch.prompt)[0])
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return [layer.weight for b in self.denoiser.blocks for layer in (b.qkv, b.out, b.up, b.down)]
+        return [getattr(block, name).weight for block in self.denoiser.blocks for name in ("qkv", "out", "up", "down")]
 
     def compile_networks(self) -> None:
         self.denoiser.compile()

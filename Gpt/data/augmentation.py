@@ -1,9 +1,10 @@
-"""Renaming hidden units at random: function-preserving augmentation for generators that are not equivariant by themselves.
+"""Renaming hidden units at random: function-preserving augmentation for generators that are not equivariant.
 
-A task says how in one of two ways. `symmetry` (see `Gpt.structure`) is read by every part of the project. `aug_fn` is G.pt's walk
-(Peebles et al. 2022): a function `(net, generator, permute_in_fn, permute_out_fn, permute_in_out_fn, register_fn)` that visits the
-tensors of `net` in state_dict order, one or a tuple at a time, and tells for each whether its columns, its rows, both or neither are
-permuted. It serves augmentation alone, and is used where a task has no `symmetry`.
+A task says how in one of two ways. `symmetry` (see `Gpt.structure`) is read by every part of the project. `aug_fn` is
+G.pt's walk (Peebles et al. 2022): a function `(net, generator, permute_in_fn, permute_out_fn, permute_in_out_fn,
+register_fn)` that visits the tensors of `net` in state_dict order, one or a tuple at a time, and tells for each
+whether its columns, its rows, both or neither are permuted. It serves augmentation alone, and is used where a task
+has no `symmetry`.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ AugFn = Callable[..., None]
 def random_index(
     structure: Structure, aug_fn: AugFn | None, template: nn.Module, count: int, rng: torch.Generator
 ) -> Int[Tensor, "count D"]:
-    """Gather indices of `count` random renamings, on the device of `rng`; the identity where a task declares no symmetry.
+    """Gather indices of `count` random renamings, on the device of `rng`; the identity where there is no symmetry.
 
     Raises:
         TaskError: `aug_fn` does not visit every tensor exactly once.
@@ -59,7 +60,7 @@ def walk_index(aug_fn: AugFn, net: nn.Module, size: int, generator: torch.Genera
     index = torch.cat(blocks)
     if index.numel() != size or not torch.equal(index.sort().values, torch.arange(size)):
         raise TaskError(
-            f"aug_fn visited {index.numel()} weights of {size}; it must pass every tensor of the state_dict once, in order, "
-            "to one of its callbacks, with permutations as index tensors"
+            f"aug_fn visited {index.numel()} weights of {size}; it must pass every tensor of the state_dict once, in "
+            "order, to one of its callbacks, with permutations as index tensors"
         )
     return index

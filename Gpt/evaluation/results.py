@@ -1,4 +1,4 @@
-"""What an evaluation found: plain numbers, ready for JSON, figures and the report. No tensor and no network is in here."""
+"""What an evaluation found: plain numbers, ready for JSON, figures and the report; no tensors, no networks."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -160,14 +160,13 @@ class Gpt(Generator):
         self.conditions.fit(batch.prompt)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return [
-            layer.weight for b in self.network.blocks for layer in (b.qkv, b.out, b.up, b.down)
-        ]
+        return [getattr(block, name).weight for block in self.network.blocks for name in ("qkv", "out", "up", "down")]
 
     def compile_networks(self) -> None:
         self.network.compile()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
+        assert batch.start is not None, "G.pt learns from pairs: batches need a start"
         count, device = len(batch.target), batch.target.device
         start = self.normalizer.encode(batch.start)
         residual = (self.normalizer.encode(batch.target) - start) / self.normalizer.spread

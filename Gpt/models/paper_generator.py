@@ -61,7 +61,7 @@ class PaperGpt(Generator):
     """
 
     needs_start = True
-    augment = True
+    augment = True  # type: ignore[assignment]
     weight_scale: Tensor
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: PaperConfig):
@@ -103,6 +103,7 @@ class PaperGpt(Generator):
     def fit(self, batch: Batch) -> None:
         """Read the weight scale off the networks of a batch, unless the configuration gives it."""
         if self.config.weight_scale is None:
+            assert batch.start is not None
             self.weight_scale.copy_(UPSTREAM_STD / torch.cat([batch.start, batch.target]).double().std())
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
@@ -117,6 +118,7 @@ class PaperGpt(Generator):
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Squared error of the estimated weights, in normalised units."""
+        assert batch.start is not None
         count, device = len(batch.target), batch.target.device
         target = self.weight_scale * batch.target
         t = self.objective.draw_times(count, rng, device)

@@ -263,7 +263,8 @@ def split_sentences(vocabulary: Vocabulary, seed: int = 0) -> dict[str, list[Sen
     held_rows = {"validation": rows[:tenth], "test": rows[tenth : 2 * tenth]}
     wordings = draw.sample(WORDINGS, len(WORDINGS))
     held_wordings = {"validation": wordings[:4], "test": wordings[4:8]}
-    known, held_phrases = list(names), {"validation": [], "test": []}
+    known = list(names)
+    held_phrases: dict[str, list] = {"validation": [], "test": []}
     for i, row in enumerate(rows[2 * tenth :]):
         phrases = draw.sample(row.phrases, len(row.phrases))
         if len(phrases) >= 3:

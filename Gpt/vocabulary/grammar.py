@@ -120,8 +120,9 @@ def evaluate(
             return probabilities[text]
         case Union(parts):
             return torch.stack([evaluate(part, probabilities, outputs) for part in parts]).amax(0)
-        case Difference(kept, removed):
-            kept, removed = (evaluate(part, probabilities, outputs) for part in (kept, removed))
+        case Difference():
+            parts = (expression.kept, expression.removed)
+            kept, removed = (evaluate(part, probabilities, outputs) for part in parts)
             return torch.cat([kept.minimum(1 - removed)[:-1], kept[-1:]])
     return torch.ones(outputs)
 

@@ -13,7 +13,9 @@ from Gpt.errors import TaskError
 from Gpt.networks import MLP
 from Gpt.population import Population, stack_initial
 from Gpt.seeds import rng
+from Gpt.structure import Structure
 from Gpt.tasks import TASK_METADATA, check_entry, get_task, load_task_modules
+from Gpt.vocabulary import CLASSES
 
 
 def regression(x, y, net):
@@ -278,3 +280,35 @@ def test_a_broken_package_is_named(monkeypatch, load, words):
     monkeypatch.setattr(tasks, "entry_points", lambda group: [EntryPoint(load)])
     with pytest.raises(TaskError, match=rf"entry point plugin = plugin_package.tasks:TASK_METADATA .*failed: {words}"):
         load_task_modules()
+
+
+@pytest.mark.parametrize("shape", [(10,), (3, 10)])
+def test_the_error_on_a_mask_in_double_precision(shape):
+    draw = rng("cpu", 0, "masks")
+    x, y = torch.randn(40, 64, generator=draw), torch.randint(10, (40,), generator=draw)
+    mask = torch.rand(shape, generator=draw) < 0.5
+    net = MLP(64, 16, 2)
+    population = Population(net, Structure.of(net), stack_initial(lambda: MLP(64, 16, 2), Structure.of(net), [1, 2, 3]))
+    networks = population if len(shape) == 2 else net
+    error, loss = tasks.mask_error(x, y, mask, networks)
+    correct = tasks.mask_correct(x, y, mask, networks)
+    logits = networks(x).double()
+    wanted = torch.stack([row[y] for row in mask.reshape(-1, 10)]).long().view(*shape[:-1], 40)
+    reference = torch.nn.functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
+    torch.testing.assert_close(loss.double(), reference.view(*shape[:-1], 40).mean(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(correct, logits.argmax(-1) == wanted)
+    torch.testing.assert_close(error, 100 * (~correct).float().mean(-1))
+
+
+def test_the_data_of_a_family_end_with_its_first_held_out_mask():
+    task = get_task("digits_mask")
+    x, y, mask = task.data("test")
+    assert torch.equal(mask, task.family.test_masks[0])
+    assert len(task.data("validation")) == 3 and len(task.data("train")) == 2
+    assert x.shape[0] == y.shape[0] == 400
+    for name in ("digits_mask", "mnist_mask", "cifar10_mask"):
+        near, far = (check_entry(n, TASK_METADATA[n]) for n in (name, f"{name}_far"))
+        assert near.family.radius == 0 and far.family.radius == 1
+        assert near.zoo_name != far.zoo_name
+        assert near.recipe.shared_init and near.conditions == ("class_mask",)
+        assert near.vocabulary in CLASSES

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -6,15 +7,18 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 from data_gen import collect as collecting
 from data_gen.collect import claim, collect, snapshot_schedule, total_iterations, train_population
 from Gpt.data import shards
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, TaskError, ZooError
+from Gpt.evaluation.population import test_population as measure
+from Gpt.masks import MaskSplit
 from Gpt.networks import MLP, CartPoleActor
 from Gpt.recipes import PpoRecipe, SupervisedRecipe
-from Gpt.tasks import TASK_METADATA, Task, classification_loss
+from Gpt.tasks import TASK_METADATA, Task, classification_loss, mask_error
 
 
 def examples(seed):
@@ -235,13 +239,11 @@ def test_a_task_without_recipe_is_named(tmp_path):
 
 def test_a_family_is_collected_on_its_masks_and_keeps_apart_from_other_splits(tmp_path):
     family = MaskSplit(held_out=2, validation=1)
-    task = make_task(
-        task_test_fn=mask_error, constructor=lambda: nn.Linear(4, 2), metric="error", family=family
-    )
+    task = make_task(task_test_fn=mask_error, constructor=lambda: nn.Linear(6, 2), metric="error", family=family)
     zoo = gather(task, tmp_path)
     masks = family.mask_of_runs(torch.arange(7))
     final = zoo.read(torch.arange(7), torch.full((7,), 3))
-    expected = test_population(task, final, "validation", masks)["validation_error"]
+    expected = measure(task, final, "validation", masks)["validation_error"]
     torch.testing.assert_close(zoo.metrics["validation_error"][:, -1], expected, atol=1e-3, rtol=1e-4)
     assert zoo.manifest.recipe["family"] == dataclasses.asdict(family)
     with pytest.raises(ZooError):
