@@ -189,7 +189,7 @@ def asked_mask(experiment: Experiment, config: PlaygroundConfig) -> Bool[Tensor,
     """The classes that networks are asked to pick out, printed with how they were understood; None for a single task.
 
     Raises:
-        ConfigError: a mask is wanted of a single task, or a family is not told which; the mask or sentence says nothing.
+        ConfigError: a mask is wanted of a single task, a family is not told which, or what it is told says nothing.
     """
     task, names = experiment.task, class_names(experiment.task)
     if task.family is None:
@@ -200,7 +200,7 @@ def asked_mask(experiment: Experiment, config: PlaygroundConfig) -> Bool[Tensor,
             )
         return None
     if (config.prompt is None) == (config.mask is None):
-        raise ConfigError('say which classes to pick out: either in words, prompt="all even digits", or mask=1010101010')
+        raise ConfigError('say which classes to pick out, either prompt="all even digits" or mask=1010101010')
     if config.prompt is not None:
         reading = sentence_reader(experiment).read(config.prompt)
         mask = reading.require()
@@ -223,7 +223,7 @@ def sentence_reader(experiment: Experiment) -> SentenceReader:
     """
     vocabulary = experiment.task.vocabulary
     if vocabulary is None:
-        raise ConfigError(f"task {experiment.task.name!r} has no vocabulary for sentences; give mask=… instead of prompt=…")
+        raise ConfigError(f"task {experiment.task.name!r} has no vocabulary for sentences; give mask=…")
     folder = experiment.folder / "text"
     encoder = SentenceEncoder(cache=folder / "embeddings.safetensors")
     file = folder / f"{vocabulary}.safetensors"
@@ -231,6 +231,7 @@ def sentence_reader(experiment: Experiment) -> SentenceReader:
         return SentenceReader(encoder, TextHead.load(file, encoder.identity))
     print(f"learning to read sentences about {vocabulary}, once …", flush=True)
     reader = train_reader(encoder, vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
     reader.head.save(file, encoder.identity)
     return reader
 

@@ -326,3 +326,47 @@ def test_the_command_itself(here):
     assert refused.stderr.startswith(expected), refused.stderr
     assert "Traceback" not in refused.stderr
     assert files(here) == before
+
+
+MASKED = [
+    "zoo.runs=136", "zoo.shard_runs=136", "zoo.snapshots=2", "zoo.recipe={epochs: 2}", "generator.width=32",
+    "generator.depth=1", "generator.heads=2", "trainer.steps=4", "trainer.batch_size=16", "trainer.warmup=2",
+    "trainer.validate_every=2", "trainer.checkpoint_every=2", "trainer.log_every=2", "evaluation.samples_per_prompt=2",
+    "logger=disabled", "device=cpu",
+]  # fmt: skip
+
+
+def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    experiment = main.Experiment(config_of(*MASKED, name="digits_mask_rpg"), "digits_mask_rpg")
+    results = main.run(experiment)
+    assert results is not None
+    family = experiment.task.family
+    assert [len(experiment.zoo.split(name)) for name in ("test", "validation", "train")] == [64, 32, 40]
+    assert results.table[0].name == "RPG, unseen masks"
+    assert results.table[0].metrics["test_error"].count == family.held_out
+    folder = tmp_path / "runs" / "digits_mask_rpg"
+    assert "nearest seen mask" in (folder / "report.html").read_text()
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation/score" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["validation/worst_mask"] >= line["validation/error"] for line in lines)
+    assert json.loads((folder / "summary.json").read_text())["finished"]
+    assert "RPG, unseen masks" in capsys.readouterr().out
+    again = main.Experiment(config_of(*MASKED, "test_only=true", name="digits_mask_rpg"), "digits_mask_rpg")
+    repeated = main.run(again)
+    assert repeated is not None
+    assert [row.metrics for row in repeated.table] == [row.metrics for row in results.table]
+
+
+def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
+    config = config_of("condition=none", name="digits_mask_rpg")
+    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*condition=class_mask"):
+        _ = main.Experiment(config, "digits_mask_rpg").task
+
+
+def test_published_rpg_can_be_had_by_its_group():
+    arguments = ["generator=rpg_paper_tiny", "objective=ddpm_eps", "generator.condition=head", "device=cpu"]
+    experiment = main.Experiment(config_of(*arguments, "condition.dropout=0", name="digits_mask_rpg"), "x")
+    assert experiment.generator.default_steps == 1000
+    with pytest.raises(ConfigError, match="predicts noise"):
+        _ = main.Experiment(config_of(arguments[0], name="digits_mask_rpg"), "x").generator

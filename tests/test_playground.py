@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 
 import main
 import playground
+from Gpt import text
 from Gpt.checkpoint import TrainingState
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.prompting import Starts
-from Gpt.generator import Generator
+from Gpt.generator import Batch, Generator
 from Gpt.report.walk import slerp_loop
 from Gpt.seeds import rng
+from Gpt.text import SentenceReader, TextHead
+from Gpt.vocabulary import CLASSES
 from playground import PlaygroundConfig, play, split_arguments
 
 ROOT = Path(playground.__file__).parent
@@ -237,3 +240,130 @@ def test_the_command_explains_itself(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["playground.py", "--help"])
     playground.main()
     assert "wanted: metric to ask for" in capsys.readouterr().out
+
+
+MASKED = (
+    "generator.width=32", "generator.depth=1", "generator.heads=2", "generator.rank=4", "device=cpu", "run.name=masked",
+)  # fmt: skip
+EVEN = "1010101010"
+
+
+def masked_experiment(*arguments: str) -> main.Experiment:
+    overrides = main.check_arguments([*MASKED, *arguments])
+    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
+        return main.Experiment(main.typed_config(compose("digits_mask_rpg", overrides)), "digits_mask_rpg")
+
+
+@pytest.fixture
+def masked(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a run of the smallest generator of networks for class masks."""
+    monkeypatch.chdir(tmp_path)
+    trained = masked_experiment()
+    trained.generator.fit(Batch(torch.randn(8, trained.task.structure.size, generator=rng("cpu", 0, "zoo"))))
+    store_generator(trained)
+    return tmp_path
+
+
+def test_a_mask_is_written_for_and_measured_on_its_classes(masked, capsys):
+    folder = play(masked_experiment(), PlaygroundConfig(**SHORT, mask=EVEN))
+    facts, task = json.loads((folder / "networks.json").read_text()), masked_experiment().task
+    assert facts["options"]["mask"] == EVEN
+    mask = torch.arange(10) % 2 == 0
+    for entry in facts["networks"]:
+        network = task.constructor()
+        network.load_state_dict(load_file(folder / entry["file"]), strict=True)
+        for split in ("validation", "test"):
+            with torch.no_grad():
+                error, loss = task.task_test_fn(*task.data(split)[:2], mask, network)
+            assert entry[f"{split}_loss"] == pytest.approx(loss.item(), rel=1e-4)
+            assert entry[f"{split}_error"] == pytest.approx(error.item(), abs=1e-3)
+    assert "zero, two, four, six, eight (mask 1010101010, " in capsys.readouterr().out
+    assert (folder / "walk.gif").is_file()
+    other = play(masked_experiment(), PlaygroundConfig(**SHORT, mask="0101010101", out="other"))
+    name = "network-000.safetensors"
+    assert (other / name).read_bytes() != (folder / name).read_bytes()
+
+
+def test_the_role_of_a_mask():
+    family = masked_experiment().task.family
+    roles = {playground.mask_role(family, mask) for mask in family.test_masks}
+    assert roles == {"held out for testing"}
+    assert playground.mask_role(family, family.validation_masks[0]) == "held out for validation"
+    assert playground.mask_role(family, family.train_masks[0]) == "seen in training"
+    assert playground.mask_role(family, ~family.test_masks[0]) == "not seen in training"
+
+
+class Keywords:
+    """Stands in for the sentence encoder: one number for each class that a text names."""
+
+    identity = "keywords"
+
+    def __init__(self, cache=None):
+        self.cache = cache
+
+    def __call__(self, sentences):
+        return torch.tensor([[float(name in text) for name in CLASSES["digits"]] for text in sentences])
+
+
+def keyword_reader(embed, vocabulary):
+    """Reads the classes off the embedding itself: a network of identities."""
+    head = TextHead(CLASSES[vocabulary], features=10, hidden=10, members=1).eval()
+    with torch.no_grad():
+        for layer in (head.members[0][0], head.members[0][3]):
+            layer.weight.copy_(torch.eye(10))
+            layer.bias.zero_()
+        head.members[0][6].weight.copy_(10 * torch.cat([torch.eye(10), torch.ones(1, 10)]))
+        head.members[0][6].bias.fill_(-5)
+    return SentenceReader(embed, head)
+
+
+def test_a_sentence_is_read_once_trained_and_written_for(masked, monkeypatch, capsys):
+    monkeypatch.setattr(playground, "SentenceEncoder", Keywords)
+    monkeypatch.setattr(playground, "train_reader", keyword_reader)
+    config = PlaygroundConfig(**SHORT, prompt="one, two and nine")
+    folder = play(masked_experiment(), config)
+    output = capsys.readouterr().out
+    assert "learning to read sentences about digits" in output
+    assert "“one, two and nine” was read as: zero 0." in output
+    assert "networks that pick out one, two, nine (mask 0110000001" in output
+    written = (folder / "network-000.safetensors").read_bytes()
+    monkeypatch.setattr(playground, "train_reader", lambda *_: pytest.fail("the reader was kept"))
+    assert (play(masked_experiment(), config) / "network-000.safetensors").read_bytes() == written
+    by_mask = play(masked_experiment(), PlaygroundConfig(**SHORT, mask="0110000001", out="by_mask"))
+    assert (by_mask / "network-000.safetensors").read_bytes() == written
+    with pytest.raises(ConfigError, match="'wooden furniture' fits none of the classes zero, one"):
+        play(masked_experiment(), PlaygroundConfig(prompt="wooden furniture"))
+
+
+def test_without_the_optional_packages_only_sentences_are_refused(masked, monkeypatch):
+    monkeypatch.setattr(text, "BUNDLED", "no_such_package")
+    with pytest.raises(ConfigError, match=r"not installed; .*gpt-weights\[text\]"):
+        play(masked_experiment(), PlaygroundConfig(prompt="all even digits"))
+    assert play(masked_experiment(), PlaygroundConfig(mask=EVEN, count=1, keyframes=0)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["prompt=", "mask="]),
+        ({"mask": EVEN, "prompt": "all even digits"}, ["either", "mask="]),
+        ({"mask": "101"}, ["mask=101", "10 bits", "1010101010"]),
+        ({"mask": "1010101012"}, ["mask=1010101012", "10 bits"]),
+        ({"mask": "1111111111"}, ["all classes"]),
+        ({"mask": EVEN, "wanted": 3.0}, ["wanted=3", "not prompted with a metric"]),
+    ],
+)
+def test_wishes_that_make_no_task_are_refused(masked, options, words):
+    with pytest.raises(ConfigError) as caught:
+        play(masked_experiment(), PlaygroundConfig(**options))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_single_task_takes_no_mask(here):
+    with pytest.raises(ConfigError, match="'digits_loss' is a single task.*digits_mask_rpg"):
+        play(experiment(*TINY), PlaygroundConfig(mask=EVEN))
+
+
+def test_bits_and_sentences_are_taken_as_they_are():
+    config, others = split_arguments(["mask=0101010101", "prompt=things that fly: yes, all = 1"])
+    assert (config.mask, config.prompt, others) == ("0101010101", "things that fly: yes, all = 1", [])

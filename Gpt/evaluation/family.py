@@ -51,8 +51,8 @@ def evaluate_family(
     """Judge a generator on the held-out masks of a family, beside everything that it has to beat.
 
     Args:
-        config: `samples_per_prompt` networks are written for each mask; `label`, `steps`, `guidance` (one more candidate
-            of the selection), `max_batch` and `seed` mean what they always do.
+        config: `samples_per_prompt` networks are written for each mask; `guidance` is one more candidate of the
+            selection; `label`, `steps`, `max_batch` and `seed` mean what they always do.
         training_seconds, zoo_seconds, training_examples: see `Gpt.evaluation.evaluate.evaluate`.
 
     Raises:
@@ -136,9 +136,7 @@ class FamilyBench:
     def masks_of_rows(self, rows: Int[Tensor, " n"]) -> Bool[Tensor, "n classes"]:
         return self.family.mask_of_runs(self.zoo.run_ids[rows.to(self.zoo.run_ids.device)].cpu())
 
-    def validation_metric(
-        self, weights: Float[Tensor, "P D"], masks: Bool[Tensor, "P classes"]
-    ) -> Float[Tensor, " P"]:
+    def validation_metric(self, weights: Float[Tensor, "P D"], masks: Bool[Tensor, "P classes"]) -> Float[Tensor, " P"]:
         found = test_population(self.task, weights, "validation", masks, device=self.device)
         return found[f"validation_{self.task.metric}"]
 
@@ -170,7 +168,7 @@ class FamilyBench:
     # --- the generator ------------------------------------------------------------------------------------------------
 
     def choose_guidance(self) -> float:
-        """The guidance whose networks for the validation masks are best; only with a null condition is there a choice."""
+        """The guidance that is best on the validation masks; without a null condition there is no choice."""
         conditions = getattr(self.generator, "conditions", None)
         if conditions is None or conditions.dropout == 0:
             return self.config.guidance
@@ -187,13 +185,13 @@ class FamilyBench:
         """Networks for the held-out masks, for as many seen ones, and, as a control, for other masks than wanted."""
         label, samples = self.config.label, self.config.samples_per_prompt
         masks, of_mask = repeated(self.masks, samples)
+        familiar = self.family.train_masks[: len(self.masks)]
+        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", guidance)  # compiles what is timed next
         began = time.perf_counter()
         networks = self.write(masks, "unseen masks", guidance)
         networks.sum().item()  # waits for the device
         seconds = (time.perf_counter() - began) / len(masks)
         flops = costs.count_flops(lambda: self.write(self.masks[:1], "unseen masks", guidance))
-        familiar = self.family.train_masks[: len(self.masks)]
-        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", guidance)
         details = {"seconds": seconds, "flops": flops}
         note = f"{samples} networks a mask; guidance {guidance:g}, chosen on validation masks"
         rows = [
@@ -226,7 +224,9 @@ class FamilyBench:
         weights = stored.read(self.zoo, self.device)
         details = {"seconds": paid.train_seconds or None, "flops": paid.train_flops or None}
         steps, note = costs.training_steps(self.task), "trained on these masks"
-        return self.row("ordinary training", "reference", weights, self.masks, of_mask, updates=steps, note=note, **details)
+        return self.row(
+            "ordinary training", "reference", weights, self.masks, of_mask, updates=steps, note=note, **details
+        )
 
     def trivial_networks(self) -> list[Row]:
         """Networks that a table of the seen ones gives."""
@@ -243,7 +243,7 @@ class FamilyBench:
         return [self.row(name, "baseline", found, wanted, one_each, note=note) for name, (found, note) in sets.items()]
 
     def ridge(self, products: bool) -> tuple[Float[Tensor, "masks D"], str]:
-        """Networks for the held-out masks by ridge regression, with the penalty that is best on the validation masks."""
+        """Networks by ridge regression, with the penalty that is best on the validation masks."""
         seen, weights = self.seen
         validation = self.family.validation_masks
 
@@ -265,11 +265,10 @@ class FamilyBench:
 
     def notes(self) -> list[str]:
         family = self.family
-        apart = f"differ in more than {family.radius} classes from" if family.radius else "are neither"
         found = [
             f"{family.held_out} masks held out for testing, {family.validation} for validation; the "
-            f"{len(family.train_masks)} training masks {apart} {'these and' if family.radius else 'these nor'} their "
-            "complements",
+            f"{len(family.train_masks)} training masks differ in more than {family.radius} classes from all of these "
+            "and from their complements",
         ]
         if getattr(self.task.recipe, "shared_init", False):
             found.append(
@@ -290,9 +289,7 @@ def family_of(task: Task) -> MaskSplit:
     return task.family
 
 
-def repeated(
-    masks: Bool[Tensor, "masks classes"], count: int
-) -> tuple[Bool[Tensor, "P classes"], Int[Tensor, " P"]]:
+def repeated(masks: Bool[Tensor, "masks classes"], count: int) -> tuple[Bool[Tensor, "P classes"], Int[Tensor, " P"]]:
     """Every mask `count` times, and which mask each row is."""
     of_mask = torch.arange(len(masks)).repeat_interleave(count)
     return masks[of_mask], of_mask

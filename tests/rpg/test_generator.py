@@ -213,3 +213,11 @@ def test_mistakes_are_named():
         network_count({}, None, None, None)
     with pytest.raises(ConfigError, match="'class_mask': 3, 'count': 4"):
         network_count({"class_mask": torch.zeros(3, 2)}, None, 4, None)
+
+
+def test_hidden_matrices_are_the_denoisers_and_no_embedding_or_head():
+    model = build()
+    found = {id(matrix) for matrix in model.hidden_matrices()}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in found}
+    assert len(names) == 4 * model.config.depth
+    assert all(name.startswith("denoiser.blocks.") and "modulation" not in name for name in names)
