@@ -453,7 +453,7 @@ def help_text() -> str:
     for group in sorted(p for p in CONFIGS.iterdir() if p.is_dir() and p.name != "__pycache__"):
         parts += ["", f"{group.name}=OPTION:", *(line(file) for file in sorted(group.glob("*.yaml")))]
     parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512;"]
-    parts += ["docs/configuration.md lists them."]
+    parts += ["Gpt/config.py documents each."]
     return "\n".join(parts)
 
 
