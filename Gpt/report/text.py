@@ -22,11 +22,12 @@ def format_number(value: float, digits: int = 4) -> str:
 
 
 def format_interval(interval: Interval) -> tuple[str, str]:
-    """Mean and `low … high`, both with the decimals that give the half width two significant digits."""
+    """Mean and `low … high`, both with the decimals that give the half width two significant digits, within reason."""
     half_width = (interval.high - interval.low) / 2
     if not (math.isfinite(half_width) and half_width > 0) or abs(interval.mean) >= 1e6:
         return format_number(interval.mean), f"{format_number(interval.low)} … {format_number(interval.high)}"
-    decimals = min(8, max(0, 1 - math.floor(math.log10(half_width))))
+    most = 4 if abs(interval.mean) >= 0.1 else 8
+    decimals = min(most, max(0, 1 - math.floor(math.log10(half_width))))
     return f"{interval.mean:.{decimals}f}", f"{interval.low:.{decimals}f} … {interval.high:.{decimals}f}"
 
 
