@@ -37,7 +37,8 @@ def demo_decisions(encoder: SentenceEncoder, seed: int) -> tuple[int, int]:
     reader = train_reader(encoder, "cifar10", seed)
     with DEMO.open() as file:
         lines = list(csv.DictReader(file, delimiter="\t"))
-    wanted = torch.tensor([[int(line[name]) for name in load_vocabulary("cifar10").classes] for line in lines], dtype=torch.bool)
+    names = load_vocabulary("cifar10").classes
+    wanted = torch.tensor([[int(line[name]) for name in names] for line in lines], dtype=torch.bool)
     found = torch.stack([reading.mask for reading in reader.read_all([line["description"] for line in lines])])
     return int((found == wanted).sum()), wanted.numel()
 
