@@ -37,7 +37,8 @@ class NeuronTokens(nn.Module):
         if not structure.groups:
             raise StructureError(
                 "neuron tokens need the hidden-unit symmetry of the network; give the task a `symmetry` key, "
-                "or choose another tokenisation (generator.tokens=chunk_within_layer)"
+                "or choose a generator that does without (generator=gpt_paper_mnist, or generator=rpg "
+                "generator.policy=within_layer)"
             )
         blocks = [_unit_entries(structure, group, units) for group, units in structure.groups.items()]
         touched = torch.cat([block.flatten() for block in blocks])
