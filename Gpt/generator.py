@@ -3,6 +3,7 @@
 The training loop, the evaluation and the playground know only what is in this file.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from Gpt.diffusion.objectives import Denoiser, Objective
+from Gpt.diffusion.samplers import SAMPLERS, check_sampler
+from Gpt.errors import ConfigError
+from Gpt.seeds import rng as seeded
 from Gpt.structure import Structure
 
 Prompt = dict[str, Tensor]
@@ -31,19 +36,52 @@ class Batch:
     prompt: Prompt = field(default_factory=dict)
 
 
+Solve = Callable[[Denoiser, Tensor], Tensor]
+"""A sampler with its settings: (denoiser, noise) -> data."""
+
+
 class Generator(nn.Module):
     """Base class: a network that learns from trained networks and writes new ones.
 
-    Subclasses own normalisation, tokenisation and conditions; weights go in and come out as plain flat rows.
+    Subclasses own normalisation, tokenisation and conditions; weights go in and come out as plain flat rows. They
+    define `loss` and `write`.
+
+    Args:
+        structure: architecture of the networks.
+        objective: what the network is trained for; goes with the sampler.
+        sampler, steps: default sampling.
+
+    Raises:
+        ConfigError: the sampler does not exist, or does not go with the objective.
+
+    Attributes:
+        needs_start: whether it updates given networks instead of writing them from noise.
+        mixed_precision: sample under bfloat16 autocast, as trained.
     """
 
-    structure: Structure
-    default_steps: int
     needs_start: bool
+    mixed_precision: bool = False
+
+    def __init__(self, structure: Structure, objective: Objective, sampler: str, steps: int):
+        super().__init__()
+        check_sampler(sampler, objective, steps)
+        self.structure, self.objective = structure, objective
+        self.sampler, self.default_steps = sampler, steps
+
     @property
     def augment(self) -> bool:
         """Whether training must rename hidden units at random, because the network is not equivariant by itself."""
         return False
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that one network is made of, see `sample`."""
+        return (self.structure.size,)
+
+    @property
+    def smooth_sampler(self) -> str:
+        """The sampler that networks are a smooth function of the noise with; used where the noise is given."""
+        return self.sampler
 
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""
@@ -56,11 +94,6 @@ class Generator(nn.Module):
         """What the optimiser is given: parameters, and the weight decay of each group."""
         return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that one network is made of, see `sample`."""
-        return (self.structure.size,)
-
     def compile_networks(self) -> None:
         """Compile the expensive submodules in place (names in state_dict stay the same)."""
 
@@ -68,6 +101,19 @@ class Generator(nn.Module):
         """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""
         raise TypeError(f"{type(self).__name__} does not define loss")
 
+    def write(
+        self,
+        prompt: Prompt,
+        start: Float[Tensor, "B D"] | None,
+        noise: Float[Tensor, "B ..."],
+        solve: Solve,
+        guidance: float,
+        rng: torch.Generator,
+    ) -> Float[Tensor, "B D"]:
+        """Networks out of noise `[B, *noise_shape]`: what a subclass does between the sampler and plain weights."""
+        raise TypeError(f"{type(self).__name__} does not define write")
+
+    @torch.no_grad()
     def sample(
         self,
         prompt: Prompt,
@@ -77,7 +123,7 @@ class Generator(nn.Module):
         steps: int | None = None,
         guidance: float = 1.0,
         seed: int = 0,
-        noise: Tensor | None = None,
+        noise: Float[Tensor, "B ..."] | None = None,
     ) -> Float[Tensor, "B D"]:
         """Write networks.
 
@@ -89,5 +135,36 @@ class Generator(nn.Module):
             guidance: 1 samples the conditional model; above 1 strengthens the prompt.
             seed: names the noise; the same seed, prompt and start give the same networks.
             noise: the sampler's starting point instead of a seeded draw (latent walks), `[B, *noise_shape]`.
+
+        Raises:
+            ConfigError: nothing says how many networks to write, or two things disagree; a start is missing or given
+                to a generator that needs none.
         """
-        raise TypeError(f"{type(self).__name__} does not define sample")
+        count = self._count(prompt, start, count, noise)
+        device = next(self.parameters()).device
+        rng = seeded(device, seed, "sample")
+        sampler = SAMPLERS[self.sampler if noise is None else self.smooth_sampler]
+        if noise is None:
+            noise = torch.randn(count, *self.noise_shape, generator=rng, device=device)
+
+        def solve(denoise: Denoiser, noise: Tensor) -> Tensor:
+            return sampler(denoise, self.objective, noise, steps or self.default_steps, rng)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision):
+            return self.write(prompt, start, noise, solve, guidance, rng)
+
+    def _count(self, prompt: Prompt, start: Tensor | None, count: int | None, noise: Tensor | None) -> int:
+        """How many networks to write: what everything that says it agrees on."""
+        if self.needs_start and start is None:
+            raise ConfigError("this generator updates networks: sampling needs the starting networks `start`")
+        if not self.needs_start and start is not None:
+            raise ConfigError("this generator writes networks from noise: leave out `start`")
+        given = {"count": count, "start": start, "noise": noise, **prompt}
+        lengths = {k: len(v) if isinstance(v, Tensor) else v for k, v in given.items() if v is not None}
+        if not lengths:
+            raise ConfigError(
+                "sampling must know how many networks to write: give `count`, or a prompt with one row each"
+            )
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"sampling is asked for different numbers of networks: {lengths}")
+        return next(iter(lengths.values()))

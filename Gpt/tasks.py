@@ -36,23 +36,20 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from Gpt import environments
-from Gpt.data import sources
+from Gpt.catalogue import cartpole, vision
 from Gpt.errors import StructureError, TaskError
-from Gpt.masks import MaskSplit, label_map
-from Gpt.networks import MLP, CartPoleActor, ConvNet
+from Gpt.masks import MaskSplit
 from Gpt.population import Population
-from Gpt.recipes import PpoRecipe, Recipe, SupervisedRecipe
+from Gpt.recipes import Recipe
 from Gpt.structure import Structure
 
 METRICS = ("loss", "error", "return", "metric")
@@ -294,133 +291,4 @@ def load_task_modules(paths: Sequence[str] = ()) -> None:
             raise TaskError(f"task_modules: {path!r} adds no entry to TASK_METADATA")
 
 
-def classification_loss(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, "*P N"], net: nn.Module | Population
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """(mean cross-entropy in nats, top-1 error in percent), one number per network."""
-    logits = net(x).float()
-    chosen = logits.gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
-    loss = (logits.logsumexp(-1) - chosen).mean(-1)
-    return loss, 100 * (logits.argmax(-1) != y).float().mean(-1)
-
-
-def classification_error(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, "*P N"], net: nn.Module | Population
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """(top-1 error in percent, mean cross-entropy in nats), one number per network."""
-    loss, error = classification_loss(x, y, net)
-    return error, loss
-
-
-def classification_correct(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, "*P N"], net: nn.Module | Population
-) -> Bool[Tensor, "... N"]:
-    """Which examples are classified correctly."""
-    return net(x).argmax(-1) == y
-
-
-def mask_error(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], mask: Bool[Tensor, "*P classes"], net: nn.Module | Population
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """(error in percent, mean cross-entropy in nats) of "is the image's class in the mask", one number per network."""
-    return classification_error(x, label_map(mask)[..., y], net)
-
-
-def mask_correct(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], mask: Bool[Tensor, "*P classes"], net: nn.Module | Population
-) -> Bool[Tensor, "... N"]:
-    """Which examples are told right."""
-    return classification_correct(x, label_map(mask)[..., y], net)
-
-
-def _classification(
-    data: str, metric: str, constructor: Callable[[], nn.Module], recipe: Recipe, best: float, recursive: float
-) -> dict[str, Any]:
-    """An entry for an image-classification task; loss and error tasks of one data set share a zoo."""
-    return {
-        "task_test_fn": classification_loss if metric == "loss" else classification_error,
-        "constructor": constructor,
-        "data_fn": lambda: sources.load(data).test,
-        "validation_data_fn": lambda: sources.load(data).validation,
-        "train_data_fn": lambda: sources.load(data).train,
-        "correct_fn": classification_correct,
-        "minimize": True,
-        "best_prompt": best,
-        "recursive_prompt": recursive,
-        "symmetry": constructor().symmetry,
-        "metric": metric,
-        "batched": True,
-        "recipe": recipe,
-        "zoo": data,
-    }
-
-
-def _mask_family(
-    data: str, constructor: Callable[[], nn.Module], recipe: Recipe, family: MaskSplit, vocabulary: str = "digits"
-) -> dict[str, Any]:
-    """An entry for all two-way splits of a data set's ten classes."""
-    return _classification(data, "error", constructor, recipe, 0.0, 0.0) | {
-        "task_test_fn": mask_error,
-        "correct_fn": mask_correct,
-        "conditions": ("class_mask",),
-        "family": family,
-        "vocabulary": vocabulary,
-        "zoo": None,
-    }
-
-
-def _digits_mlp() -> MLP:
-    return MLP(64, 10, 10)
-
-
-def _digits_mask_mlp() -> MLP:
-    return MLP(64, 16, 2)
-
-
-def _mnist_mask_mlp() -> MLP:
-    return MLP(784, 16, 2)
-
-
-def _cifar10_mask_net() -> ConvNet:
-    return ConvNet(classes=2)
-
-
-# Large batches make the trained network a cleaner function of its initialisation, which a generator has to learn.
-_DIGITS_RECIPE = SupervisedRecipe(epochs=45, weight_decay=2e-3)
-_CIFAR10_RECIPE = SupervisedRecipe(epochs=50, augmentation="flip_crop")
-# One initialisation for all masks: hidden unit i then plays a similar part in every network, which is worth more than
-# ten points of accuracy in a short training of the generator. It helps the trivial baselines (ridge, mean) as much.
-_DIGITS_MASK_RECIPE = SupervisedRecipe(epochs=30, weight_decay=2e-3, shared_init=True)
-_MNIST_MASK_RECIPE = SupervisedRecipe(epochs=10, shared_init=True)
-_CIFAR10_MASK_RECIPE = replace(_CIFAR10_RECIPE, shared_init=True)
-_COMPLEMENTS_OUT = MaskSplit(held_out=64, validation=32)
-_NEIGHBOURS_OUT = MaskSplit(held_out=32, validation=16, radius=1)  # more held-out masks would leave none to train on
-
-TASK_METADATA: dict[str, dict[str, Any]] = {
-    "digits_loss": _classification("digits", "loss", _digits_mlp, _DIGITS_RECIPE, 0.0, 0.0),
-    "digits_error": _classification("digits", "error", _digits_mlp, _DIGITS_RECIPE, 3.0, 3.0),
-    "mnist_loss": _classification("mnist", "loss", MLP, SupervisedRecipe(), 0.0, 0.0),
-    "mnist_error": _classification("mnist", "error", MLP, SupervisedRecipe(), 5.0, 5.0),
-    "fashion_mnist_loss": _classification("fashion_mnist", "loss", MLP, SupervisedRecipe(), 0.3, 0.3),
-    "cifar10_loss": _classification("cifar10", "loss", ConvNet, _CIFAR10_RECIPE, 1.2, 1.4),
-    "cifar10_error": _classification("cifar10", "error", ConvNet, _CIFAR10_RECIPE, 35.0, 45.0),
-    "digits_mask": _mask_family("digits", _digits_mask_mlp, _DIGITS_MASK_RECIPE, _COMPLEMENTS_OUT),
-    "digits_mask_far": _mask_family("digits", _digits_mask_mlp, _DIGITS_MASK_RECIPE, _NEIGHBOURS_OUT),
-    "mnist_mask": _mask_family("mnist", _mnist_mask_mlp, _MNIST_MASK_RECIPE, _COMPLEMENTS_OUT),
-    "mnist_mask_far": _mask_family("mnist", _mnist_mask_mlp, _MNIST_MASK_RECIPE, _NEIGHBOURS_OUT),
-    "cifar10_mask": _mask_family("cifar10", _cifar10_mask_net, _CIFAR10_MASK_RECIPE, _COMPLEMENTS_OUT, "cifar10"),
-    "cifar10_mask_far": _mask_family("cifar10", _cifar10_mask_net, _CIFAR10_MASK_RECIPE, _NEIGHBOURS_OUT, "cifar10"),
-    "cartpole": {
-        "task_test_fn": environments.evaluate_policy,
-        "constructor": CartPoleActor,
-        "data_fn": lambda: (environments.Evaluation(episodes=64, seed=1),),
-        "validation_data_fn": lambda: (environments.Evaluation(episodes=64, seed=0),),
-        "minimize": False,
-        "best_prompt": 500.0,
-        "recursive_prompt": 500.0,
-        "symmetry": CartPoleActor.symmetry,
-        "metric": "return",
-        "batched": True,
-        "recipe": PpoRecipe(),
-    },
-}
+TASK_METADATA: dict[str, dict[str, Any]] = {**vision.TASKS, **cartpole.TASKS}

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.conditions import fourier_features
-from Gpt.models.gpt import Block
+from Gpt.models.transformer import Block, norm
 from rpg.backbones import build_backbone
 from rpg.tokens import Layout, PositionCode
 
@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         shift, scale = self.final(F.silu(condition))[:, None].chunk(2, dim=-1)
-        x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        x = norm(x) * (1 + scale) + shift
         parts = x.split([tokens for tokens, _ in self.layout.shapes], dim=1)
         change = self.layout.decode([head(part) for head, part in zip(self.heads, parts, strict=True)])
         return alpha * unit.square() * z_t + sigma * unit * change

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import Objective
-from Gpt.diffusion.samplers import SAMPLERS, Sampler, guided
+from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
-from Gpt.generator import Batch, Generator, Prompt
-from Gpt.seeds import rng as seeded
+from Gpt.generator import Batch, Generator, Prompt, Solve
+from Gpt.models.transformer import hidden_matrices
 from Gpt.structure import Structure
 from rpg.denoiser import Denoiser, Prototypes
 from rpg.tokens import Latents, Layout
@@ -80,13 +80,12 @@ class Rpg(Generator):
     needs_start = False
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgConfig):
-        super().__init__()
         if objective.prediction != "x0":
             raise ConfigError(f"this generator predicts x0; objective.prediction={objective.prediction} does not fit")
         if config.width % config.heads:
             raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
-        self.structure, self.config, self.objective, self.conditions = structure, config, objective, conditions
-        self.sampler, self.default_steps = find_sampler(config.sampler), config.steps
+        super().__init__(structure, objective, config.sampler, config.steps)
+        self.config, self.conditions = config, conditions
         self.latents = Latents(structure)
         layout = Layout(structure, config.policy, config.token_size)
         self.prototypes = Prototypes(
@@ -100,7 +99,7 @@ class Rpg(Generator):
         self.conditions.fit(split_identity(batch.prompt)[0])
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return [getattr(block, name).weight for block in self.denoiser.blocks for name in ("qkv", "out", "up", "down")]
+        return hidden_matrices(self.denoiser.blocks)
 
     def compile_networks(self) -> None:
         self.denoiser.compile()
@@ -121,38 +120,29 @@ class Rpg(Generator):
         network = self._network(self._request(prompt, identity, count, self.conditions.keep(count, rng)))
         return self.objective.loss(network, latents, t, noise, mask=self.latents.spread > 0).mean()
 
-    @torch.no_grad()
-    def sample(
+    def write(
         self,
         prompt: Prompt,
-        start: Float[Tensor, "B D"] | None = None,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        guidance: float = 1.0,
-        seed: int = 0,
-        noise: Float[Tensor, "B D"] | None = None,
+        start: Float[Tensor, "B D"] | None,
+        noise: Float[Tensor, "B D"],
+        solve: Solve,
+        guidance: float,
+        rng: torch.Generator,
     ) -> Float[Tensor, "B D"]:
-        """Write networks; see `Generator.sample`. Without an identity in the prompt, each network draws one.
+        """Networks out of noise. A network without an identity in the prompt draws one.
 
-        Networks are written `config.weights_per_pass` weights at a time, which changes nothing but the memory taken,
-        unless the sampler is stochastic: its draws follow the passes.
+        Each pass denoises at most `config.weights_per_pass` weights at a time, which changes nothing but the memory
+        taken, unless the sampler is stochastic: its draws follow the passes.
         """
-        device = self.latents.center.device
-        count = network_count(prompt, start, count, noise)
-        rng = seeded(device, seed, "sample")
-        if noise is None:
-            noise = torch.randn(count, self.structure.size, generator=rng, device=device)
         conditions, identity = split_identity(prompt)
         if self.identities is not None and identity is None:
-            identity = torch.randint(self.config.identities, (count,), generator=rng, device=device)
+            identity = torch.randint(self.config.identities, (len(noise),), generator=rng, device=noise.device)
         networks_per_pass = max(1, self.config.weights_per_pass // self.structure.size)
         written = []
-        for rows in torch.arange(count, device=device).split(networks_per_pass):
+        for rows in torch.arange(len(noise), device=noise.device).split(networks_per_pass):
             part = {name: value[rows] for name, value in conditions.items()}
             who = None if identity is None else identity[rows]
-            denoise = self._guided(part, who, len(rows), guidance)
-            latents = self.sampler(denoise, self.objective, noise[rows], steps or self.default_steps, rng)
+            latents = solve(self._guided(part, who, len(rows), guidance), noise[rows])
             written.append(self.latents.decode(latents))
         return torch.cat(written)
 
@@ -184,35 +174,6 @@ class Rpg(Generator):
         return network
 
 
-def find_sampler(name: str) -> Sampler:
-    """The sampler of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in SAMPLERS:
-        raise ConfigError(f"generator.sampler={name!r} does not exist; choose one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
 def split_identity(prompt: Prompt) -> tuple[Prompt, Int[Tensor, " B"] | None]:
     """The conditions of a prompt, and the identity it names, if any."""
     return {name: value for name, value in prompt.items() if name != IDENTITY}, prompt.get(IDENTITY)
-
-
-def network_count(prompt: Prompt, start: Tensor | None, count: int | None, noise: Tensor | None) -> int:
-    """How many networks to write: what `count`, every row of the prompt and the noise agree on.
-
-    Raises:
-        ConfigError: nothing says it, they disagree, or networks to start from are given.
-    """
-    if start is not None:
-        raise ConfigError("this generator writes networks from noise: leave out `start`")
-    lengths = {name: len(value) for name, value in prompt.items()}
-    lengths |= {} if count is None else {"count": count}
-    lengths |= {} if noise is None else {"noise": len(noise)}
-    if not lengths:
-        raise ConfigError("sampling must know how many networks to write: give `count`, or a prompt with one row each")
-    if len(set(lengths.values())) > 1:
-        raise ConfigError(f"sampling is asked for different numbers of networks: {lengths}")
-    return next(iter(lengths.values()))

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import Objective
 from Gpt.errors import ConfigError
-from Gpt.generator import Batch, Generator, Prompt
-from Gpt.seeds import rng as seeded
+from Gpt.generator import Batch, Generator, Prompt, Solve
 from Gpt.structure import Structure
 from rpg.backbones import build_backbone
-from rpg.generator import IDENTITY, find_sampler, network_count, split_identity
+from rpg.generator import IDENTITY, split_identity
 from rpg.tokens import Latents, PositionCode, cut, token_coordinates, token_sizes
 
 BASE_CHANNELS = (1, 32, 64, 128, 64, 32, 1)
@@ -163,14 +162,13 @@ class RpgPaper(Generator):
     needs_start = False
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgPaperConfig):
-        super().__init__()
         if objective.prediction != "eps":
             raise ConfigError(f"published RPG predicts noise; objective.prediction={objective.prediction} does not fit")
         size = PAPER_SIZES.get(config.size)
         if size is None:
             raise ConfigError(f"generator.size={config.size!r} does not exist; choose one of {', '.join(PAPER_SIZES)}")
-        self.structure, self.config, self.objective = structure, config, objective
-        self.sampler, self.default_steps = find_sampler(config.sampler), config.steps
+        super().__init__(structure, objective, config.sampler, config.steps)
+        self.config = config
         self.latents = Latents(structure, residual=False)
         self.tokens = cut(structure, config.policy, size.token_size)
         coordinates = token_coordinates(structure, token_sizes(structure, config.policy, size.token_size))
@@ -187,7 +185,7 @@ class RpgPaper(Generator):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        return tuple(self.tokens.mask.shape)
+        return (len(self.tokens), self.tokens.width)
 
     def compile_networks(self) -> None:
         self.denoiser.compile()
@@ -209,19 +207,16 @@ class RpgPaper(Generator):
         weights = kept.sum(1)
         return (errors * weights).sum() / weights.sum().clamp(min=1)
 
-    @torch.no_grad()
-    def sample(
+    def write(
         self,
         prompt: Prompt,
-        start: Float[Tensor, "B D"] | None = None,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        guidance: float = 1.0,
-        seed: int = 0,
-        noise: Float[Tensor, "B T K"] | None = None,
+        start: Float[Tensor, "B D"] | None,
+        noise: Float[Tensor, "B T K"],
+        solve: Solve,
+        guidance: float,
+        rng: torch.Generator,
     ) -> Float[Tensor, "B D"]:
-        """Write networks; see `Generator.sample`. Without an identity in the prompt, each network draws one.
+        """Networks out of noise. Without an identity in the prompt, each network draws one.
 
         `config.token_batch` tokens are denoised at once, on batch statistics gathered in training. With ddim this
         bounds the memory and changes nothing else; the draws of ddpm follow the batches.
@@ -231,30 +226,27 @@ class RpgPaper(Generator):
         """
         if guidance != 1:
             raise ConfigError(f"guidance={guidance}: published RPG has no null condition to be guided by; use 1")
-        device = self.latents.center.device
-        count = network_count(prompt, start, count, noise)
-        rng = seeded(device, seed, "sample")
-        if noise is None:
-            noise = torch.randn(count, *self.noise_shape, generator=rng, device=device)
+        count = len(noise)
         if self.identities is not None and IDENTITY not in prompt:
-            drawn = torch.randint(self.config.identities, (count,), generator=rng, device=device)
+            drawn = torch.randint(self.config.identities, (count,), generator=rng, device=noise.device)
             prompt = prompt | {IDENTITY: drawn}
         training = self.training
         self.eval()
         try:
             prototypes = self._prototypes(prompt, count).flatten(0, 1)
-            steps = steps or self.default_steps
-            denoised = []
-            for rows in torch.arange(len(prototypes), device=device).split(self.config.token_batch or len(prototypes)):
-                denoise = self.objective.denoiser(self._network(prototypes[rows]))
-                denoised.append(self.sampler(denoise, self.objective, noise.flatten(0, 1)[rows], steps, rng))
+            tokens = noise.flatten(0, 1)
+            passes = torch.arange(len(tokens), device=noise.device).split(self.config.token_batch or len(tokens))
+            denoised = [
+                solve(self.objective.denoiser(self._network(prototypes[rows])), tokens[rows]) for rows in passes
+            ]
         finally:
             self.train(training)
         return self.latents.decode(self.tokens.decode(torch.cat(denoised).unflatten(0, (count, -1))))
 
     def _prototypes(self, prompt: Prompt, count: int) -> Float[Tensor, "B T width"]:
+        """One for each token of each network; where nothing tells networks apart, they are computed once for all."""
         conditions, identity = split_identity(prompt)
-        x = self.position().expand(count, -1, -1)
+        x = self.position()[None]
         if self.conditioner is not None:
             if "class_mask" not in conditions:
                 raise ConfigError(f'generator.condition={self.config.condition}: give prompt["class_mask"]')
@@ -263,7 +255,7 @@ class RpgPaper(Generator):
             if identity is None:
                 raise ConfigError(f'generator.identities={self.config.identities}: training needs prompt["{IDENTITY}"]')
             x = x + self.identities(identity)[:, None]
-        return self.backbone(x)
+        return self.backbone(x).expand(count, -1, -1)
 
     def _network(self, prototypes: Float[Tensor, "N width"]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, t: self.denoiser(x, t, prototypes)

@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import main
 import playground
@@ -125,7 +126,7 @@ class Recording(Generator):
     default_steps = 1
 
     def __init__(self, needs_start: bool):
-        super().__init__()
+        nn.Module.__init__(self)
         self.needs_start, self.calls = needs_start, []
 
     def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):

@@ -42,12 +42,13 @@ class Writer:
     def __call__(self, starts: Starts, wanted: Float[Tensor, "n ..."], name: str) -> Float[Tensor, "n ... D"]:
         """Networks written from each start towards each of its wanted metrics (validation split, plain units).
 
-        The prompt is `{"target_metric": [B, 2]}`: the start's metric and the wanted one. A generator that needs no
-        start gets the same prompt, without the weights. `name` names the noise.
+        The prompt is `{"target_metric": [B, 2]}`: the start's metric and the wanted one. For a generator that needs no
+        start, the first is NaN (unknown), as in its training. `name` names the noise.
         """
         asked = wanted.reshape(len(wanted), -1)
         rows = torch.arange(len(asked)).repeat_interleave(asked.shape[1])
-        prompts = torch.stack([starts.metric.cpu()[rows], asked.flatten().cpu()], 1).to(starts.weights)
+        given = starts.metric.cpu()[rows] if self.generator.needs_start else torch.full((len(rows),), torch.nan)
+        prompts = torch.stack([given, asked.flatten().cpu()], 1).to(starts.weights)
         parts = []
         for first in range(0, len(rows), self.max_batch):
             chunk = slice(first, first + self.max_batch)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from Gpt.conditions import Conditions, fourier_features
 from Gpt.data.normalization import Normalizer
 from Gpt.diffusion.objectives import Objective
-from Gpt.diffusion.samplers import SAMPLERS, check_sampler, guided
+from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
-from Gpt.generator import Batch, Generator, Prompt
+from Gpt.generator import Batch, Generator, Prompt, Solve
+from Gpt.models.transformer import Block, hidden_matrices, norm
 from Gpt.neurons import NeuronTokens
-from Gpt.seeds import rng as seeded
 from Gpt.structure import Structure
 
 
@@ -44,36 +44,6 @@ class GptConfig:
     heads: int = 4
     sampler: str = "euler"
     steps: int = 4
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, modulated by the condition; gates start at zero: the block starts as the identity."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, x: Float[Tensor, "B T width"], condition: Float[Tensor, "B width"]) -> Float[Tensor, "B T width"]:
-        parts = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        x = x + gate_a * self._attend(_norm(x) * (1 + scale_a) + shift_a)
-        return x + gate_m * self.down(F.gelu(self.up(_norm(x) * (1 + scale_m) + shift_m)))
-
-    def _attend(self, x: Float[Tensor, "B T width"]) -> Float[Tensor, "B T width"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = _norm(q), _norm(k)  # keeps logits bounded at any width (Dehghani et al. 2023)
-        if x.is_cuda:
-            mixed = F.scaled_dot_product_attention(q, k, v)
-        else:  # a dozen tokens: torch's fused CPU kernel takes up to three times as long as the formula
-            mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class NeuronTransformer(nn.Module):
@@ -115,7 +85,7 @@ class NeuronTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         shift, scale = self.final(F.silu(condition))[:, None].chunk(2, dim=-1)
-        x = _norm(x) * (1 + scale) + shift
+        x = norm(x) * (1 + scale) + shift
         parts = x.split([units for units, _ in self.tokens.shapes], dim=1)
         change = self.tokens.decode([head(part) for head, part in zip(self.heads, parts, strict=True)])
         return alpha / power * r_t + sigma * power.rsqrt() * change
@@ -140,14 +110,11 @@ class Gpt(Generator):
     needs_start = True
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: GptConfig):
-        super().__init__()
         if objective.prediction != "x0":
             found = objective.prediction
             raise ConfigError(f"the G.pt generator predicts x0; objective.prediction={found} does not fit")
-        check_sampler(config.sampler, objective, config.steps)
-        self.config, self.objective, self.conditions = config, objective, conditions
-        self.structure = structure
-        self.default_steps = config.steps
+        super().__init__(structure, objective, config.sampler, config.steps)
+        self.conditions = conditions
         self.normalizer = Normalizer(structure)
         self.network = NeuronTransformer(NeuronTokens(structure), config.width, config.depth, config.heads)
 
@@ -160,7 +127,7 @@ class Gpt(Generator):
         self.conditions.fit(batch.prompt)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return [getattr(block, name).weight for block in self.network.blocks for name in ("qkv", "out", "up", "down")]
+        return hidden_matrices(self.network.blocks)
 
     def compile_networks(self) -> None:
         self.network.compile()
@@ -175,27 +142,20 @@ class Gpt(Generator):
         condition = self.conditions(batch.prompt, count, self.conditions.keep(count, rng))
         return self.objective.loss(self._network(start, condition), residual, t, noise).mean()
 
-    @torch.no_grad()
-    def sample(
+    def write(
         self,
         prompt: Prompt,
-        start: Float[Tensor, "B D"] | None = None,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        guidance: float = 1.0,
-        seed: int = 0,
-        noise: Float[Tensor, "B D"] | None = None,
+        start: Float[Tensor, "B D"] | None,
+        noise: Float[Tensor, "B D"],
+        solve: Solve,
+        guidance: float,
+        rng: torch.Generator,
     ) -> Float[Tensor, "B D"]:
-        if start is None:
-            raise ConfigError("this generator updates networks: sampling needs the starting networks `start`")
-        begin, rng = self.normalizer.encode(start), seeded(start.device, seed, "sample")
-        if noise is None:
-            noise = torch.randn(start.shape, generator=rng, device=start.device)
+        assert start is not None
+        begin = self.normalizer.encode(start)
         with_prompt = self.objective.denoiser(self._network(begin, self.conditions(prompt, len(start))))
         without = self.objective.denoiser(self._network(begin, self.conditions({}, len(start))))
-        denoise = guided(with_prompt, without, guidance)
-        residual = SAMPLERS[self.config.sampler](denoise, self.objective, noise, steps or self.default_steps, rng)
+        residual = solve(guided(with_prompt, without, guidance), noise)
         return self.normalizer.decode(begin + residual * self.normalizer.spread)
 
     def _network(self, start: Tensor, condition: Tensor):
@@ -208,7 +168,3 @@ class Gpt(Generator):
 
 _TIME_OCTAVES = 8
 _TIME_FEATURES = 1 + 2 * _TIME_OCTAVES
-
-
-def _norm(x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-    return F.layer_norm(x, x.shape[-1:])

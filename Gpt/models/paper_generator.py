@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from Gpt.conditions import Conditions
 from Gpt.data.zoo import UPSTREAM_STD
 from Gpt.diffusion.objectives import DDPM, Objective
-from Gpt.diffusion.samplers import SAMPLERS
 from Gpt.errors import ConfigError
-from Gpt.generator import Batch, Generator, Prompt
+from Gpt.generator import Batch, Generator, Prompt, Solve
 from Gpt.models.gpt_paper import GptPaper
 from Gpt.models.upstream import load_upstream_checkpoint
-from Gpt.seeds import rng as seeded
 from Gpt.structure import Structure
 
 PROMPT = "target_metric"
@@ -65,7 +63,6 @@ class PaperGpt(Generator):
     weight_scale: Tensor
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: PaperConfig):
-        super().__init__()
         if set(conditions.encoders) != {PROMPT} or conditions.dropout:
             asked = f"{sorted(conditions.encoders)} with dropout {conditions.dropout:g}"
             raise ConfigError(
@@ -76,8 +73,8 @@ class PaperGpt(Generator):
             raise ConfigError("published G.pt is trained by DDPM with x0-prediction; set objective=ddpm")
         if config.sampler not in ("ddpm", "ddim"):
             raise ConfigError(f"published G.pt is sampled by ddpm or ddim, not generator.sampler={config.sampler}")
-        self.structure, self.objective, self.config = structure, objective, config
-        self.default_steps = config.steps
+        super().__init__(structure, objective, config.sampler, config.steps)
+        self.config = config
         self.network = GptPaper(
             [t.numel for t in structure.tensors],
             width=config.width,
@@ -125,33 +122,28 @@ class PaperGpt(Generator):
         noise = torch.randn(target.shape, generator=rng, device=device)
         return self.objective.loss(self._network(batch.start, batch.prompt), target, t, noise).mean()
 
-    @torch.no_grad()
-    def sample(
+    @property
+    def smooth_sampler(self) -> str:
+        return "ddim"
+
+    def write(
         self,
         prompt: Prompt,
-        start: Float[Tensor, "B D"] | None = None,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        guidance: float = 1.0,
-        seed: int = 0,
-        noise: Float[Tensor, "B D"] | None = None,
+        start: Float[Tensor, "B D"] | None,
+        noise: Float[Tensor, "B D"],
+        solve: Solve,
+        guidance: float,
+        rng: torch.Generator,
     ) -> Float[Tensor, "B D"]:
-        """Write networks; see `Generator.sample`. From given `noise` they are written by DDIM, a smooth function of it.
+        """Networks out of noise.
 
         Raises:
-            ConfigError: there is no start or no prompt, or guidance is asked for.
+            ConfigError: there is no prompt, or guidance is asked for.
         """
-        if start is None:
-            raise ConfigError("this generator updates networks: sampling needs the starting networks `start`")
+        assert start is not None
         if guidance != 1:
             raise ConfigError(f"published G.pt has no null prompt for guidance: it must be 1, not {guidance:g}")
-        sampler = self.config.sampler if noise is None else "ddim"
-        rng = seeded(start.device, seed, "sample")
-        if noise is None:
-            noise = torch.randn(start.shape, generator=rng, device=start.device)
-        denoise = self.objective.denoiser(self._network(start, prompt))
-        return SAMPLERS[sampler](denoise, self.objective, noise, steps or self.default_steps, rng) / self.weight_scale
+        return solve(self.objective.denoiser(self._network(start, prompt)), noise) / self.weight_scale
 
     def _network(self, start: Float[Tensor, "B D"], prompt: Prompt):
         """The denoiser `(x_t, t) -> x0 estimate` of one batch, in normalised units."""

@@ -13,7 +13,6 @@ from Gpt.errors import TaskError
 from Gpt.networks import MLP
 from Gpt.population import Population, stack_initial
 from Gpt.seeds import rng
-from Gpt.structure import Structure
 from Gpt.tasks import TASK_METADATA, check_entry, get_task, load_task_modules
 from Gpt.vocabulary import CLASSES
 
@@ -174,16 +173,6 @@ def test_built_in_entries_are_well_formed(name):
     assert task.minimize == (task.metric != "return")
 
 
-def test_loss_and_error_in_closed_form():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-    y = torch.tensor([0, 0, 1])
-    loss, error = tasks.classification_loss(logits, y, nn.Identity())
-    assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits, y).item())
-    assert error.item() == pytest.approx(100 / 3)
-    assert tasks.classification_error(logits, y, nn.Identity()) == (error, loss)
-    assert tasks.classification_correct(logits, y, nn.Identity()).tolist() == [True, False, True]
-
-
 USER_FILE = """
     import torch
     from torch import nn
@@ -280,24 +269,6 @@ def test_a_broken_package_is_named(monkeypatch, load, words):
     monkeypatch.setattr(tasks, "entry_points", lambda group: [EntryPoint(load)])
     with pytest.raises(TaskError, match=rf"entry point plugin = plugin_package.tasks:TASK_METADATA .*failed: {words}"):
         load_task_modules()
-
-
-@pytest.mark.parametrize("shape", [(10,), (3, 10)])
-def test_the_error_on_a_mask_in_double_precision(shape):
-    draw = rng("cpu", 0, "masks")
-    x, y = torch.randn(40, 64, generator=draw), torch.randint(10, (40,), generator=draw)
-    mask = torch.rand(shape, generator=draw) < 0.5
-    net = MLP(64, 16, 2)
-    population = Population(net, Structure.of(net), stack_initial(lambda: MLP(64, 16, 2), Structure.of(net), [1, 2, 3]))
-    networks = population if len(shape) == 2 else net
-    error, loss = tasks.mask_error(x, y, mask, networks)
-    correct = tasks.mask_correct(x, y, mask, networks)
-    logits = networks(x).double()
-    wanted = torch.stack([row[y] for row in mask.reshape(-1, 10)]).long().view(*shape[:-1], 40)
-    reference = torch.nn.functional.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
-    torch.testing.assert_close(loss.double(), reference.view(*shape[:-1], 40).mean(-1), rtol=1e-5, atol=1e-6)
-    assert torch.equal(correct, logits.argmax(-1) == wanted)
-    torch.testing.assert_close(error, 100 * (~correct).float().mean(-1))
 
 
 def test_the_data_of_a_family_end_with_its_first_held_out_mask():

@@ -37,7 +37,7 @@ class Toy(Generator):
     default_steps, needs_start = 1, False
 
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         self.layers = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
         self.register_buffer("shift", torch.zeros(5))
         for i, parameter in enumerate(self.parameters()):

@@ -9,7 +9,7 @@ from Gpt.diffusion.objectives import DDPM, FlowMatching
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.structure import Structure
-from rpg.generator import Rpg, RpgConfig, network_count
+from rpg.generator import Rpg, RpgConfig
 
 WIDTH = 32
 POLICIES = ("flat", "within_layer", "by_channel", "neuron", "aligned_neuron")
@@ -199,7 +199,7 @@ def test_a_saved_generator_is_the_same_generator(tmp_path):
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="heads=5"):
         build(heads=5)
-    with pytest.raises(ConfigError, match="generator.sampler='eular'"):
+    with pytest.raises(ConfigError, match="'eular' is unknown; did you mean 'euler'"):
         build(sampler="eular")
     with pytest.raises(ConfigError, match="predicts x0"):
         Rpg(STRUCTURE, Conditions({}, 32), DDPM("eps"), RpgConfig(width=32, heads=2))
@@ -208,11 +208,11 @@ def test_mistakes_are_named():
         del batch.prompt["identity"]
         build(identities=2).loss(batch, torch.Generator())
     with pytest.raises(ConfigError, match="leave out `start`"):
-        network_count({}, torch.zeros(2, 3), None, None)
+        build().sample({}, torch.zeros(2, STRUCTURE.size))
     with pytest.raises(ConfigError, match="give `count`"):
-        network_count({}, None, None, None)
-    with pytest.raises(ConfigError, match="'class_mask': 3, 'count': 4"):
-        network_count({"class_mask": torch.zeros(3, 2)}, None, 4, None)
+        build().sample({})
+    with pytest.raises(ConfigError, match="'count': 4, 'class_mask': 3"):
+        build().sample({"class_mask": torch.zeros(3, 2)}, count=4)
 
 
 def test_hidden_matrices_are_the_denoisers_and_no_embedding_or_head():

@@ -15,7 +15,8 @@ from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, ZooError
 from Gpt.networks import MLP
 from Gpt.population import Population, stack_initial
-from Gpt.tasks import Task, classification_loss
+from Gpt.scoring import classification_loss
+from Gpt.tasks import Task
 
 SNAPSHOTS = ["ep000_it00000", "ep001_it00010", "ep001_it00200", "ep010_it00003"]
 

@@ -19,7 +19,8 @@ from Gpt.recipes import SupervisedRecipe
 from Gpt.report.figures import save_figures
 from Gpt.report.html import write_report
 from Gpt.report.text import print_table, summarise
-from Gpt.tasks import Task, check_entry, mask_correct, mask_error
+from Gpt.scoring import mask_correct, mask_error
+from Gpt.tasks import Task, check_entry
 
 FAMILY = MaskSplit(held_out=6, validation=4, runs_per_mask=2)
 CONFIG = EvaluationConfig(label="ours", samples_per_prompt=3, max_batch=7)
@@ -75,7 +76,7 @@ class Writing(Generator):
     default_steps = 2
 
     def __init__(self, task: Task, fails=lambda mask, guidance: False, needs_start: bool = False):
-        super().__init__()
+        nn.Module.__init__(self)
         self.structure, self.fails, self.needs_start = task.structure, fails, needs_start
         self.conditions = nn.Module()
         self.conditions.dropout = 0.1

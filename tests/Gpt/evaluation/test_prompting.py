@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from Gpt.errors import ZooError
 from Gpt.evaluation import prompting
@@ -20,6 +21,7 @@ class Echo(Generator):
     """Writes (start metric, wanted metric, seed) into the first weights."""
 
     default_steps, needs_start = 1, True
+    __init__ = nn.Module.__init__
 
     def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
         start = start.clone()
@@ -61,6 +63,7 @@ def test_several_samples_of_a_prompt_are_averaged(task, zoo):
 
     class Alternating(Generator):
         default_steps, needs_start = 1, True
+        __init__ = nn.Module.__init__
 
         def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
             trained = zoo.read(torch.tensor([50]), torch.tensor([5]))
@@ -77,6 +80,7 @@ def test_recursion_asks_for_the_target_or_steps_towards_it(task, zoo):
 
     class Listening(Generator):
         default_steps, needs_start = 1, True
+        __init__ = nn.Module.__init__
 
         def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
             asked.append(prompt["target_metric"])
@@ -92,9 +96,28 @@ def test_recursion_asks_for_the_target_or_steps_towards_it(task, zoo):
     assert all((prompt[:, 1] == 0.2).all() for prompt in asked)
 
 
+def test_a_generator_from_noise_is_not_told_a_starts_metric():
+    asked = []
+
+    class FromNoise(Generator):
+        default_steps, needs_start = 1, False
+        __init__ = nn.Module.__init__
+
+        def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+            asked.append(prompt["target_metric"])
+            assert start is None
+            return torch.zeros(count, 5)
+
+    starts = Starts("s", torch.zeros(2, 5), torch.tensor([1.0, 2.0]))
+    Writer(FromNoise())(starts, torch.tensor([0.1, 0.2]), "n")
+    assert asked[0][:, 0].isnan().all()  # "unknown", as in its training
+    assert torch.equal(asked[0][:, 1], torch.tensor([0.1, 0.2]))
+
+
 def test_recursion_survives_a_broken_network(task, zoo):
     class Breaking(Generator):
         default_steps, needs_start = 1, True
+        __init__ = nn.Module.__init__
 
         def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
             assert prompt["target_metric"].isfinite().all()

@@ -254,7 +254,7 @@ def test_requests_that_do_not_fit_are_refused():
         model.sample(given.prompt, given.start, guidance=2.0)
     with pytest.raises(ConfigError, match=r"\[4, 2\]"):
         model.sample({}, given.start)
-    with pytest.raises(ConfigError, match=r"\[4, 2\].*\[1, 2\]"):
+    with pytest.raises(ConfigError, match="'start': 4, 'target_metric': 1"):
         model.sample({"target_metric": torch.ones(1, 2)}, given.start)
     with pytest.raises(ConfigError, match="text"):
         model.sample(given.prompt | {"text": torch.ones(4, 8)}, given.start)
