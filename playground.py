@@ -32,6 +32,7 @@ from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 
+from experiment import Experiment
 from Gpt import masks
 from Gpt.config import RunConfig, checked, nearest
 from Gpt.errors import CheckpointError, ConfigError
@@ -45,7 +46,7 @@ from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task
 from Gpt.text import SentenceEncoder, SentenceReader, TextHead, train_reader
 from Gpt.vocabulary import CLASSES
-from main import Experiment, check_arguments, guard, typed_config
+from main import check_arguments, guard, typed_config
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class ZooConfig:
         dtype: float32, bfloat16 or float16 on disk and in memory.
         shard_runs, population: runs stored, and runs trained, at once (population: a shard's when None).
         storage: "gpu", "ram", "disk", or "auto".
+        store: write the zoo to a folder. Otherwise it lives in memory, and every session trains it anew.
+        refresh_every: training steps after which a population of the oldest training runs gives way to newly trained
+            ones; 0 for a zoo that does not change. Needs `store=false`.
         max_weight: runs with a larger weight are dropped.
         recipe: changes to the task's training recipe, e.g. {epochs: 5}.
     """
@@ -54,6 +57,8 @@ class ZooConfig:
     shard_runs: int = 256
     population: int | None = None
     storage: str = "auto"
+    store: bool = True
+    refresh_every: int = 0
     max_weight: float = 10.0
     recipe: dict[str, Any] = field(default_factory=dict)
 
@@ -134,7 +139,9 @@ class RunConfig:
         elsewhere = ("data", "evaluation", "logger", "run", "device")
         for key in (*elsewhere, "resume_path", "resume", "test_only", "collect_only"):
             del settings[key]
-        for key in ("path", "shard_runs", "population", "storage"):
+        # How many runs are replaced at once decides what a changing zoo holds.
+        where = ("path", "shard_runs", "storage", "store", *(() if self.zoo.refresh_every else ("population",)))
+        for key in where:
             del settings["zoo"][key]
         return settings
 

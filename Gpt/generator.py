@@ -29,11 +29,13 @@ class Batch:
         target: `[B, D]` weights to learn to write.
         start: `[B, D]` weights to start from (G.pt), or None (RPG).
         prompt: what describes the target, see `Gpt.conditions` for names and shapes.
+        progress: share of the training steps that are done, for losses that change on the way.
     """
 
     target: Float[Tensor, "B D"]
     start: Float[Tensor, "B D"] | None = None
     prompt: Prompt = field(default_factory=dict)
+    progress: float = 1.0
 
 
 Solve = Callable[[Denoiser, Tensor], Tensor]

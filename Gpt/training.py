@@ -78,6 +78,7 @@ def train(
     logger: Loggers,
     device: torch.device,
     seed: int,
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> TrainingState:
     """Train, and leave the averaged weights in `generator`: the best ones by `score` where it was measured.
 
@@ -85,6 +86,7 @@ def train(
         draw, draw_validation: `(count, rng) -> Batch`, from training and from validation runs.
         score: measures the averaged generator on validation data; its key "score" (lower is better) picks the best
             weights.
+        before_step: is told the number of each step before its batch is drawn (a zoo that is kept fresh).
 
     Raises:
         ConfigError: the processes cannot share the slices of a batch equally.
@@ -134,9 +136,11 @@ def train(
 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(state.step, config)
+        before_step(state.step)
         for part in range(rank, config.slices, world):
             noise = rng(device, seed, "batch", state.step, part)
             batch = draw(config.batch_size // config.slices, noise)
+            batch.progress = state.step / config.steps
             final = part + world >= config.slices
             with autocast, contextlib.nullcontext() if final or parallel is None else parallel.no_sync():
                 loss = model(batch, noise) * world / config.slices

@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import main
+from experiment import Experiment
 from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, TaskError, UserError
 from Gpt.report.logger import read_metrics
@@ -38,7 +39,7 @@ def config_of(*arguments: str, name: str = "digits_loss") -> RunConfig:
 
 
 def run(*arguments: str):
-    return main.run(main.Experiment(config_of(*TINY, *arguments), "digits_loss"))
+    return main.run(Experiment(config_of(*TINY, *arguments), "digits_loss"))
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -68,7 +69,7 @@ def here(workplace, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Evaluation, which takes longest, is left out."""
-    monkeypatch.setattr(main, "evaluate", lambda *_, **__: "results")
+    monkeypatch.setattr("experiment.evaluate", lambda *_, **__: "results")
     monkeypatch.setattr(main, "report", lambda *_: None)
 
 
@@ -252,7 +253,7 @@ def test_wrong_values_are_named(argument, words):
 )
 def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, error, words):
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(config_of(*TINY, *arguments), "digits_loss")
+    experiment = Experiment(config_of(*TINY, *arguments), "digits_loss")
     with pytest.raises(error) as caught:
         _ = experiment.task, experiment.generator, experiment.zoo
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -269,7 +270,7 @@ def test_a_missing_gpu_is_named():
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(ConfigError, match="device=cuda:1, but torch finds no CUDA device; use device=cpu"):
-        _ = main.Experiment(config_of("device=cuda:1"), "x").device
+        _ = Experiment(config_of("device=cuda:1"), "x").device
 
 
 @pytest.mark.parametrize("name", CONFIG_NAMES)
@@ -281,7 +282,7 @@ def test_every_configuration_composes_and_builds_its_generator(name, monkeypatch
     for group in ("zoo", "trainer", "evaluation", "logger", "objective", "condition"):
         assert getattr(config, group) is not None
     task = check_entry(config.task, TASK_METADATA[config.task])
-    experiment = main.Experiment(config, name)
+    experiment = Experiment(config, name)
     # Token indices have values, which the meta device has not; the paper's generators have none, and are far larger.
     device = torch.device("meta" if config.generator["name"] == "gpt_paper" else "cpu")
     experiment.__dict__ |= {"task": task, "device": device}
@@ -338,7 +339,7 @@ MASKED = [
 
 def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    experiment = main.Experiment(config_of(*MASKED, name="digits_mask_rpg"), "digits_mask_rpg")
+    experiment = Experiment(config_of(*MASKED, name="digits_mask_rpg"), "digits_mask_rpg")
     results = main.run(experiment)
     assert results is not None
     family = experiment.task.family
@@ -352,7 +353,7 @@ def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, cap
     assert all(line["validation/worst_mask"] >= line["validation/error"] for line in lines)
     assert json.loads((folder / "summary.json").read_text())["finished"]
     assert "RPG, unseen masks" in capsys.readouterr().out
-    again = main.Experiment(config_of(*MASKED, "test_only=true", name="digits_mask_rpg"), "digits_mask_rpg")
+    again = Experiment(config_of(*MASKED, "test_only=true", name="digits_mask_rpg"), "digits_mask_rpg")
     repeated = main.run(again)
     assert repeated is not None
     assert [row.metrics for row in repeated.table] == [row.metrics for row in results.table]
@@ -361,12 +362,12 @@ def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, cap
 def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
     config = config_of("condition=none", name="digits_mask_rpg")
     with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*condition=class_mask"):
-        _ = main.Experiment(config, "digits_mask_rpg").task
+        _ = Experiment(config, "digits_mask_rpg").task
 
 
 def test_published_rpg_can_be_had_by_its_group():
     arguments = ["generator=rpg_paper_tiny", "objective=ddpm_eps", "generator.condition=head", "device=cpu"]
-    experiment = main.Experiment(config_of(*arguments, "condition.dropout=0", name="digits_mask_rpg"), "x")
+    experiment = Experiment(config_of(*arguments, "condition.dropout=0", name="digits_mask_rpg"), "x")
     assert experiment.generator.default_steps == 1000
     with pytest.raises(ConfigError, match="predicts noise"):
-        _ = main.Experiment(config_of(arguments[0], name="digits_mask_rpg"), "x").generator
+        _ = Experiment(config_of(arguments[0], name="digits_mask_rpg"), "x").generator

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import main
+from experiment import Experiment
 import playground
 from Gpt import text
 from Gpt.checkpoint import TrainingState
@@ -31,13 +32,13 @@ TINY = ("generator.width=32", "generator.depth=1", "generator.heads=2", "device=
 SHORT = {"count": 3, "keyframes": 2, "frames": 2}
 
 
-def experiment(*arguments: str) -> main.Experiment:
+def experiment(*arguments: str) -> Experiment:
     overrides = main.check_arguments(list(arguments))
     with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return main.Experiment(main.typed_config(compose("digits_loss", overrides)), "digits_loss")
+        return Experiment(main.typed_config(compose("digits_loss", overrides)), "digits_loss")
 
 
-def store_generator(trained: main.Experiment) -> None:
+def store_generator(trained: Experiment) -> None:
     """What training leaves, without the training: no weight is zero."""
     noise = rng("cpu", 0, "trained")
     with torch.no_grad():
@@ -249,10 +250,10 @@ MASKED = (
 EVEN = "1010101010"
 
 
-def masked_experiment(*arguments: str) -> main.Experiment:
+def masked_experiment(*arguments: str) -> Experiment:
     overrides = main.check_arguments([*MASKED, *arguments])
     with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return main.Experiment(main.typed_config(compose("digits_mask_rpg", overrides)), "digits_mask_rpg")
+        return Experiment(main.typed_config(compose("digits_mask_rpg", overrides)), "digits_mask_rpg")
 
 
 @pytest.fixture

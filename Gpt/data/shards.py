@@ -184,7 +184,7 @@ def write_shard(
     Raises:
         ZooError: the disk is full; says how much room the shard needs.
     """
-    dropped = {**(missing or {}), **_bad_runs(run_ids, weights, manifest.max_weight)}
+    dropped = {**(missing or {}), **bad_runs(run_ids, weights, manifest.max_weight)}
     covered = sorted({*run_ids, *dropped})
     kept = torch.tensor([i for i, run in enumerate(run_ids) if run not in dropped], dtype=torch.long)
     rows = weights.to(manifest.torch_dtype)[kept.to(weights.device)].cpu()
@@ -278,7 +278,8 @@ def _remedy(folder: Path, index: int) -> str:
     return f"delete {shard_files(folder, index)['index']} and collect again to make this shard anew"
 
 
-def _bad_runs(run_ids: list[int], weights: Tensor, max_weight: float) -> dict[int, str]:
+def bad_runs(run_ids: list[int], weights: Float[Tensor, "runs snapshots D"], max_weight: float) -> dict[int, str]:
+    """Runs with non-finite or exploded weights in any snapshot, and why they have to go."""
     largest = weights.abs().flatten(1).amax(1).tolist() if run_ids else []  # NaN if any weight is NaN
     bad = {}
     for run, value in zip(run_ids, largest, strict=True):

@@ -113,13 +113,16 @@ class Zoo:
         device: torch.device | str | None = None,
         test_runs: int = 0,
         validation_runs: int = 0,
+        dropped: Mapping[int, str] | None = None,
     ) -> "Zoo":
         """A zoo that was never stored; weights stay in their dtype and place, `device` is theirs by default."""
         if weights.shape[-1] != structure.size:
             raise ZooError(f"weights have {weights.shape[-1]} entries a network, the architecture has {structure.size}")
         ids = torch.as_tensor(run_ids, dtype=torch.long)
         where = weights.device if device is None else device
-        return cls(_Memory(weights), structure, ids, iterations, metrics, where, test_runs, validation_runs)
+        return cls(
+            _Memory(weights), structure, ids, iterations, metrics, where, test_runs, validation_runs, dropped=dropped
+        )
 
     @property
     def runs(self) -> int:
@@ -132,6 +135,25 @@ class Zoo:
     def read(self, runs: Int[Tensor, " B"], snapshots: Int[Tensor, " B"]) -> Float32[Tensor, "B D"]:
         """Networks by row (not run id) and snapshot index, as float32 on `device`."""
         return self._weights.read(runs, snapshots).to(self.device).float()
+
+    def replace(
+        self,
+        rows: Int[Tensor, " n"],
+        run_ids: Int[Tensor, " n"],
+        weights: Float[Tensor, "n snapshots D"],
+        metrics: Mapping[str, Float[Tensor, "n snapshots"]],
+    ) -> None:
+        """Put other runs into these rows; whoever holds `metrics` or `run_ids` sees them change.
+
+        Raises:
+            ZooError: the weights are on disk, where a zoo does not change.
+        """
+        if not isinstance(self._weights, _Memory):
+            raise ZooError("runs can be replaced in memory only; open the zoo with storage=ram or gpu")
+        self._weights.replace(rows, weights)
+        self.run_ids[rows] = run_ids.to(self.device)
+        for name, values in metrics.items():
+            self.metrics[name][rows] = values.to(self.metrics[name])
 
     def split(self, name: str) -> Int[Tensor, " n"]:
         """Rows of the "train", "validation" or "test" split.
@@ -201,6 +223,9 @@ class _Memory:
     def read(self, runs: Int[Tensor, " B"], snapshots: Int[Tensor, " B"]) -> Float[Tensor, "B D"]:
         device = self._weights.device
         return self._weights[runs.to(device), snapshots.to(device)]
+
+    def replace(self, runs: Int[Tensor, " n"], weights: Float[Tensor, "n snapshots D"]) -> None:
+        self._weights[runs.to(self._weights.device)] = weights.to(self._weights)
 
 
 class _Disk:

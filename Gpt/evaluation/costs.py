@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,15 @@ from Gpt.tasks import Task
 
 # A backward pass takes about twice its forward pass: gradients of the inputs and of the weights.
 TRAINING_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a generator and its zoo took: wall-clock seconds, and the examples that it was trained on."""
+
+    zoo_seconds: float = 0.0
+    training_seconds: float = 0.0
+    training_examples: int = 0
 
 
 def sample_flops(generator: Generator, starts: Starts, steps: int | None, guidance: float) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from Gpt.data.alignment import align
 from Gpt.data.zoo import Zoo
 from Gpt.evaluation import baselines, costs, optimisers, prompting
+from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.novelty import Bank, novelty
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts, Writer, evaluating
@@ -81,17 +82,14 @@ def evaluate(
     zoo: Zoo,
     config: EvaluationConfig,
     device: torch.device | str,
+    spent: Spent = Spent(),
     *,
-    training_seconds: float = 0.0,
-    zoo_seconds: float = 0.0,
-    training_examples: int = 0,
     progress: Progress | None = None,
 ) -> Results:
     """Judge a generator beside everything that it has to beat.
 
     Args:
-        training_seconds, zoo_seconds: wall-clock spent on the generator and on its zoo, for the break-even number.
-        training_examples: examples that the generator was trained on, for its FLOPs.
+        spent: on the generator and on its zoo, for the break-even number.
         progress: is told what is being done, a phrase at a time.
     """
     say = progress or (lambda phrase: None)
@@ -113,7 +111,7 @@ def evaluate(
         sets = {config.label: update.networks} | sets
         novelty_rows, bar = bench.novelty_of(sets)
         say("costs")
-        paid = bench.costs_of(update, zoo_seconds, training_seconds, training_examples, step_seconds)
+        paid = bench.costs_of(update, spent, step_seconds)
     notes = bench.notes() + [f"novelty: a network is good at {bar:.4g} or better in test {task.metric}"]
     return Results(
         task=task.name,
@@ -348,25 +346,18 @@ class Bench:
         sets[held_out] = self._finished(config.novelty_networks)
         return novelty(self.task, sets, held_out, bank, candidates=config.novelty_candidates, seed=config.seed)
 
-    def costs_of(
-        self,
-        update: Update,
-        zoo_seconds: float,
-        training_seconds: float,
-        training_examples: int,
-        step_seconds: float | None,
-    ) -> Costs:
+    def costs_of(self, update: Update, spent: Spent, step_seconds: float | None) -> Costs:
         """Training one network costs its share of the zoo's wall-clock or, unless that is known, its timed steps."""
         forward_flops = update.flops / (self.config.steps or self.generator.default_steps)
         timed = (step_seconds or 0.0) * (costs.training_steps(self.task) or 0)
         return costs.costs(
             self.task,
             runs=self.zoo.runs,
-            zoo_seconds=zoo_seconds,
-            generator_seconds=training_seconds,
+            zoo_seconds=spent.zoo_seconds,
+            generator_seconds=spent.training_seconds,
             sample_seconds=update.seconds,
-            train_seconds=zoo_seconds / self.zoo.runs if zoo_seconds else timed,
-            generator_flops=training_examples * costs.TRAINING_FACTOR * forward_flops,
+            train_seconds=spent.zoo_seconds / self.zoo.runs if spent.zoo_seconds else timed,
+            generator_flops=spent.training_examples * costs.TRAINING_FACTOR * forward_flops,
             flops_of_a_sample=update.flops,
         )
 

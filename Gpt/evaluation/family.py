@@ -15,6 +15,7 @@ from torch import Tensor
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
 from Gpt.evaluation import baselines, costs
+from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import evaluating
@@ -42,10 +43,8 @@ def evaluate_family(
     zoo: Zoo,
     config: EvaluationConfig,
     device: torch.device | str,
+    spent: Spent = Spent(),
     *,
-    training_seconds: float = 0.0,
-    zoo_seconds: float = 0.0,
-    training_examples: int = 0,
     progress: Progress | None = None,
 ) -> Results:
     """Judge a generator on the held-out masks of a family, beside everything that it has to beat.
@@ -53,7 +52,7 @@ def evaluate_family(
     Args:
         config: `samples_per_prompt` networks are written for each mask; `guidance` is one more candidate of the
             selection; `label`, `steps`, `max_batch` and `seed` mean what they always do.
-        training_seconds, zoo_seconds, training_examples: see `Gpt.evaluation.evaluate.evaluate`.
+        spent: on the generator and on its zoo.
 
     Raises:
         ConfigError: the task is no family.
@@ -64,7 +63,7 @@ def evaluate_family(
         say("choosing the guidance")
         guidance = bench.choose_guidance()
         say("unseen masks")
-        rows, paid = bench.written(guidance, zoo_seconds, training_seconds, training_examples)
+        rows, paid = bench.written(guidance, spent)
         say("baselines")
         rows += [bench.ordinary_training(paid), *bench.trivial_networks(), bench.majority_class()]
     return Results(
@@ -179,9 +178,7 @@ class FamilyBench:
         best = min if self.task.minimize else max
         return best(scores, key=lambda guidance: scores[guidance])
 
-    def written(
-        self, guidance: float, zoo_seconds: float, training_seconds: float, training_examples: int
-    ) -> tuple[list[Row], Costs]:
+    def written(self, guidance: float, spent: Spent) -> tuple[list[Row], Costs]:
         """Networks for the held-out masks, for as many seen ones, and, as a control, for other masks than wanted."""
         label, samples = self.config.label, self.config.samples_per_prompt
         masks, of_mask = repeated(self.masks, samples)
@@ -206,11 +203,11 @@ class FamilyBench:
         paid = costs.costs(
             self.task,
             runs=self.zoo.runs,
-            zoo_seconds=zoo_seconds,
-            generator_seconds=training_seconds,
+            zoo_seconds=spent.zoo_seconds,
+            generator_seconds=spent.training_seconds,
             sample_seconds=seconds,
-            train_seconds=zoo_seconds / self.zoo.runs,
-            generator_flops=training_examples * costs.TRAINING_FACTOR * flops / passes,
+            train_seconds=spent.zoo_seconds / self.zoo.runs,
+            generator_flops=spent.training_examples * costs.TRAINING_FACTOR * flops / passes,
             flops_of_a_sample=flops,
         )
         return rows, paid

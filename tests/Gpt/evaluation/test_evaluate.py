@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, evaluate, validation_score
 from Gpt.recipes import PpoRecipe
 
@@ -25,7 +26,7 @@ SMALL = EvaluationConfig(
 def results(copying, task, zoo):
     phrases = []
     found = evaluate(
-        copying, task, zoo, SMALL, "cpu", training_seconds=60.0, zoo_seconds=12.0, training_examples=10,
+        copying, task, zoo, SMALL, "cpu", Spent(training_seconds=60.0, zoo_seconds=12.0, training_examples=10),
         progress=phrases.append,
     )  # fmt: skip
     assert phrases[0] == "choosing the prompt" and phrases[-1] == "costs"

@@ -9,6 +9,7 @@ from torch import nn
 
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
+from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.evaluation.family import evaluate_family, family_score
 from Gpt.evaluation.population import correct_population
@@ -93,7 +94,7 @@ class Writing(Generator):
 
 
 def rows_of(generator, task, zoo, **config) -> dict:
-    results = evaluate_family(generator, task, zoo, replace(CONFIG, **config), "cpu", zoo_seconds=1.0)
+    results = evaluate_family(generator, task, zoo, replace(CONFIG, **config), "cpu", Spent(zoo_seconds=1.0))
     return {row.name: row for row in results.table}
 
 
@@ -169,7 +170,7 @@ def test_the_score_of_the_training_loop_reads_validation_masks_alone(task, zoo):
 
 
 def test_results_are_drawn_and_reported(task, zoo, tmp_path):
-    results = evaluate_family(Writing(task), task, zoo, CONFIG, "cpu", zoo_seconds=1.0, training_seconds=2.0)
+    results = evaluate_family(Writing(task), task, zoo, CONFIG, "cpu", Spent(zoo_seconds=1.0, training_seconds=2.0))
     json.dumps(results.to_json())
     assert "ours, unseen masks" in print_table(results)
     assert "retrieval" in summarise(results) and "ordinary training" in summarise(results)

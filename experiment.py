@@ -1,0 +1,312 @@
+"""One run and its parts: zoo, generator, samplers, judge, run folder, each built from the configuration when needed."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from data_gen.collect import collect, train_population
+from data_gen.memory import Stream, Trained, collect_in_memory
+from Gpt.checkpoint import CheckpointFolder, write_json
+from Gpt.conditions import Conditions, prompt_features
+from Gpt.config import RunConfig, checked, nearest
+from Gpt.data import sources
+from Gpt.data.batches import BatchSampler
+from Gpt.data.importers import import_checkpoints, import_lmdb
+from Gpt.data.zoo import Zoo
+from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
+from Gpt.errors import CheckpointError, ConfigError, UserError
+from Gpt.evaluation.evaluate import evaluate, validation_score
+from Gpt.evaluation.family import evaluate_family, family_score
+from Gpt.evaluation.results import Results
+from Gpt.generator import Generator
+from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.models.paper_generator import PaperConfig, PaperGpt
+from Gpt.models.upstream import resolve_checkpoint
+from Gpt.seeds import derive_seed
+from Gpt.tasks import Task, get_task, load_task_modules
+from Gpt.training import mixed_precision
+from rpg.generator import Rpg, RpgConfig
+from rpg.paper import RpgPaper, RpgPaperConfig
+
+GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
+    "gpt": (GptConfig, Gpt),
+    "gpt_paper": (PaperConfig, PaperGpt),
+    "rpg": (RpgConfig, Rpg),
+    "rpg_paper": (RpgPaperConfig, RpgPaper),
+}
+
+
+@dataclass
+class Experiment:
+    """The parts of one run, each built when it is first needed."""
+
+    config: RunConfig
+    name: str
+
+    @cached_property
+    def device(self) -> torch.device:
+        wanted = self.config.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
+        if wanted == "cuda" and dist.is_initialized():
+            wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if self.config.trainer.precision == "tf32":
+            torch.set_float32_matmul_precision("high")  # torch keeps one setting for the whole process
+        return torch.device(wanted)
+
+    @cached_property
+    def folder(self) -> Path:
+        published = f"-{Path(self.config.resume_path).stem}" if self.config.resume_path else ""
+        return Path(self.config.run.root) / (self.config.run.name or self.name + published)
+
+    @cached_property
+    def task(self) -> Task:
+        sources.configure(self.config.data.root, self.config.data.download)
+        load_task_modules(self.config.task_modules)
+        task = get_task(self.config.task)
+        if task.family and "class_mask" not in self.config.condition.names:
+            raise ConfigError(
+                f"task {task.name!r} is one task for each class mask, so its generator has to be told the mask; add "
+                "condition=class_mask"
+            )
+        if self.config.zoo.recipe:
+            known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
+            for key in self.config.zoo.recipe:
+                if key not in known:
+                    raise ConfigError(f"zoo.recipe: task {task.name!r} has no setting {key!r}; {nearest(key, known)}")
+            task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, **self.config.zoo.recipe))
+        return task
+
+    @property
+    def zoo_folder(self) -> Path:
+        return Path(self.config.zoo.path or Path("zoos") / self.task.zoo_name)
+
+    @cached_property
+    def zoo(self) -> Zoo:
+        """The zoo, collected or imported first where that is still to do."""
+        settings, task = self.config.zoo, self.task
+        if settings.refresh_every and settings.store:
+            raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
+        if not settings.store:
+            return collect_in_memory(
+                task,
+                runs=settings.runs,
+                snapshots=settings.snapshots,
+                spacing=settings.spacing,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                device=self.device,
+                population=settings.population or settings.shard_runs,
+                max_weight=settings.max_weight,
+                test_runs=self._held_out[0],
+                validation_runs=self._held_out[1],
+            )
+        if task.checkpoints:
+            on_first_process(self._import_zoo)
+        elif task.recipe or not self.zoo_folder.exists():
+            collect(
+                task,
+                self.zoo_folder,
+                runs=settings.runs,
+                snapshots=settings.snapshots,
+                spacing=settings.spacing,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                shard_runs=settings.shard_runs,
+                device=self.device,
+                population=settings.population,
+                max_weight=settings.max_weight,
+            )
+        return Zoo.open(
+            self.zoo_folder,
+            task.structure,
+            storage=settings.storage,
+            device=self.device,
+            test_runs=self._held_out[0],
+            validation_runs=self._held_out[1],
+        )
+
+    @property
+    def _held_out(self) -> tuple[int, int]:
+        """Number of test and of validation runs."""
+        split: Any = self.task.family or self.config.zoo
+        return split.test_runs, split.validation_runs
+
+    @cached_property
+    def stream(self) -> Callable[[int], None]:
+        """What keeps the zoo fresh, told every step; nothing for a zoo that does not change."""
+        settings = self.config.zoo
+        if not settings.refresh_every:
+            return lambda step: None
+
+        def fresh(run_ids: list[int]) -> Trained:
+            return train_population(self.task, run_ids, settings.seed, self.zoo.iterations, self.device)
+
+        return Stream(
+            self.zoo, fresh, settings.refresh_every, settings.population or settings.shard_runs, settings.max_weight
+        )
+
+    def _import_zoo(self) -> None:
+        """Convert the task's checkpoints; what was converted before is kept, and needs its source no longer."""
+        source, settings = Path(self.task.checkpoints or ""), self.config.zoo
+        if self.zoo_folder.exists() and not source.exists():
+            return
+        convert = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
+        convert(
+            source,
+            self.zoo_folder,
+            self.task,
+            dtype=settings.dtype,
+            shard_runs=settings.shard_runs,
+            max_weight=settings.max_weight,
+            device=self.device,
+        )
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The untrained generator; its parameters are a function of the seed."""
+        settings = dict(self.config.generator)
+        name = settings.pop("name", None)
+        if name not in GENERATORS:
+            raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), list(GENERATORS))}")
+        config_class, build = GENERATORS[name]
+        config = checked(config_class, settings, "generator.")
+        width = getattr(config, "width", 1)
+        features = prompt_features(self.config.condition.names)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.config.seed, "generator"))
+            conditions = Conditions(features, width, self.config.condition.dropout)
+            generator = build(self.task.structure, conditions, self._objective(), config).to(self.device)
+        generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
+        return generator
+
+    @cached_property
+    def checkpoints(self) -> CheckpointFolder:
+        identity = {
+            "task": self.task.name,
+            "architecture": self.task.structure.fingerprint,
+            "generator": self.config.generator,
+            "conditions": list(self.config.condition.names),
+        }
+        return CheckpointFolder(self.folder / "checkpoints", json.loads(json.dumps(identity)))
+
+    def sampler(self, split: str) -> BatchSampler:
+        """Draws batches from one split of the zoo."""
+        return BatchSampler(
+            self.zoo,
+            self.task,
+            split,
+            self.config.condition.names,
+            self.config.batches,
+            with_start=self.generator.needs_start,
+            permute=self.generator.augment and split == "train",
+        )
+
+    def trained(self) -> Generator:
+        """The generator with its best weights, or with the published ones of `resume_path`."""
+        path = self.config.resume_path
+        if path is None:
+            self.checkpoints.load_best(self.generator)
+        elif isinstance(self.generator, PaperGpt):
+            self.generator.load_published(resolve_checkpoint(path))
+        else:
+            raise ConfigError(f"resume_path={path}: published weights need one of the *_paper configurations")
+        return self.generator.eval()
+
+    @property
+    def judge(self) -> Callable[..., Results]:
+        """The evaluation that fits the task, see `Gpt.evaluation`."""
+        return evaluate_family if self.task.family else evaluate
+
+    def score(self, generator: Generator) -> dict[str, float]:
+        """Validation metrics for the loop; "score" is the one that picks the best weights, lower is better."""
+        measure = family_score if self.task.family else validation_score
+        measured = measure(generator, self.task, self.zoo, self.config.evaluation, self.device)
+        metric = measured[f"validation_{self.task.metric}"]
+        facts = {name.removeprefix("validation_"): value for name, value in measured.items()}
+        return facts | {"score": metric if self.task.minimize else -metric}
+
+    def _objective(self) -> Objective:
+        settings = self.config.objective
+        if settings.name == "flow":
+            return FlowMatching(settings.prediction, settings.loss_space, settings.times)
+        if settings.name == "ddpm":
+            return DDPM(settings.prediction)
+        raise ConfigError(f"objective.name={settings.name} is unknown; {nearest(settings.name, ['flow', 'ddpm'])}")
+
+
+def open_folder(experiment: Experiment) -> tuple[Path, dict[str, Any]]:
+    """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
+
+    Raises:
+        ConfigError: the folder holds a trained generator of other settings; names them.
+        CheckpointError: `test_only` without a trained generator.
+    """
+    config, folder = experiment.config, experiment.folder
+    if config.resume not in ("auto", "never"):
+        raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
+    if config.resume == "never" and folder.exists() and not config.test_only:
+        number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
+        folder = folder.with_name(f"{folder.name}-{number}")
+    trained = (folder / "checkpoints" / "latest.json").is_file()
+    if config.test_only and not config.resume_path and not trained:
+        raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
+    if not (folder / "config.json").is_file():
+        return folder, {}
+    different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
+    if different and trained:
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
+            "Choose another run.name, or resume=never for a new folder beside it"
+        )
+    summary = folder / "summary.json"
+    return folder, json.loads(summary.read_text()) if summary.is_file() and not different else {}
+
+
+def create_folder(experiment: Experiment, summary: dict[str, Any]) -> None:
+    """The run folder with the configuration in it."""
+    folder, config = experiment.folder, experiment.config
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "config.json", _settings(config))
+
+
+def on_first_process(job: Callable[[], Any]) -> Any:
+    """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told."""
+    if not dist.is_initialized():
+        return job()
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [job()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that trained weights depend on, as JSON gives them back."""
+    return json.loads(json.dumps(config.training_settings()))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {old}, now {new}"
