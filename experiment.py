@@ -1,5 +1,6 @@
 """One run and its parts: zoo, generator, samplers, judge, run folder, each built from the configuration when needed."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -222,7 +223,8 @@ class Experiment:
             self.generator.load_published(resolve_checkpoint(path))
         else:
             raise ConfigError(f"resume_path={path}: published weights need one of the *_paper configurations")
-        return self.generator.eval()
+        # A copy is not compiled: each batch size of the evaluation would be compiled anew.
+        return copy.deepcopy(self.generator).eval()
 
     @property
     def judge(self) -> Callable[..., Results]:

@@ -8,6 +8,8 @@ index of the other end; then unit positions must be embedded and the permutation
 says which case it is).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class NeuronTokens(nn.Module):
         StructureError: the structure has no symmetry, so there are no hidden units to make tokens of.
     """
 
+    weight: Tensor
     first: Tensor
     last: Tensor
 
@@ -54,6 +57,7 @@ class NeuronTokens(nn.Module):
         order = slots.argsort(stable=True)
         counts = slots.bincount(minlength=structure.size)
         first = counts.cumsum(0) - counts
+        self.register_buffer("weight", slots, persistent=False)
         self.register_buffer("first", order[first], persistent=False)
         self.register_buffer("last", order[first + counts - 1], persistent=False)
 
@@ -69,9 +73,29 @@ class NeuronTokens(nn.Module):
     def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
         """Put entries back in place; a weight that two tokens hold becomes their mean."""
         slots = torch.cat([block.flatten(1) for block in blocks], dim=1)
+        flat = _Gather.apply(slots, self.first, self.weight)
         if not self.entangled:
-            return slots[:, self.first]
-        return (slots[:, self.first] + slots[:, self.last]) / 2
+            return flat
+        return (flat + _Gather.apply(slots, self.last, self.weight)) / 2
+
+
+class _Gather(torch.autograd.Function):
+    """`slots[:, choice]`, where `choice[w]` is one of the slots s with `weight[s] == w`.
+
+    Its gradient is a gather too. The one that torch would take adds into places that could be the same, for which it
+    sorts all indices; on a GPU that took longer than the rest of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(choice, weight)
+        return slots.index_select(1, choice)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        choice, weight = ctx.saved_tensors
+        chosen = choice.index_select(0, weight) == torch.arange(len(weight), device=weight.device)
+        return gradient.index_select(1, weight) * chosen, None, None
 
 
 def _unit_entries(structure: Structure, group: str, units: int) -> Int[Tensor, "units entries"]:

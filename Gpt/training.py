@@ -6,18 +6,18 @@ the same numbers.
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from Gpt.checkpoint import CheckpointFolder, TrainingState
@@ -99,11 +99,9 @@ def train(
             f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide "
             f"trainer.batch_size={config.batch_size}"
         )
-    ema = AveragedModel(generator, multi_avg_fn=_ema(config.ema_decay))
-    averaged = cast(Generator, ema.module)
+    averaged = copy.deepcopy(generator)
     optimizer = _optimizer(generator, config, device)
     state = checkpoints.load(generator, averaged, optimizer) if checkpoints.exists() else TrainingState()
-    ema.n_averaged.fill_(state.step)
     if config.compile:
         generator.compile_networks()
     step_loss = _Loss(generator)
@@ -149,7 +147,8 @@ def train(
         norm = nn.utils.clip_grad_norm_(generator.parameters(), config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(generator)
+        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step)) if state.step else 0.0
+        _average(averaged, generator, 1 - decay)
         state.step += 1
         bar.update()
 
@@ -207,13 +206,13 @@ def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device
     return optimizer
 
 
-def _ema(decay: float) -> Callable[..., None]:
-    @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        step = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + step) / (10 + step)))
-
-    return average
+@torch.no_grad()
+def _average(averaged: Generator, generator: Generator, share: float) -> None:
+    """Move the averaged parameters towards the current ones by `share`; buffers are those of the moment."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(generator.parameters()), share)
+    buffers = list(averaged.buffers())
+    if buffers:
+        torch._foreach_copy_(buffers, list(generator.buffers()))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from Gpt.diffusion.objectives import Objective
 from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
-from Gpt.models.transformer import hidden_matrices
+from Gpt.models.transformer import compile_blocks, hidden_matrices
 from Gpt.structure import Structure
 from rpg.denoiser import Denoiser, Prototypes
 from rpg.tokens import Latents, Layout
@@ -102,7 +102,7 @@ class Rpg(Generator):
         return hidden_matrices(self.denoiser.blocks)
 
     def compile_networks(self) -> None:
-        self.denoiser.compile()
+        compile_blocks(self.denoiser.blocks)
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Squared error of the denoised latents; every weight that varies counts alike.

@@ -25,7 +25,7 @@ from Gpt.diffusion.objectives import Objective
 from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
-from Gpt.models.transformer import Block, hidden_matrices, norm
+from Gpt.models.transformer import Block, compile_blocks, hidden_matrices, norm
 from Gpt.neurons import NeuronTokens
 from Gpt.structure import Structure
 
@@ -130,7 +130,7 @@ class Gpt(Generator):
         return hidden_matrices(self.network.blocks)
 
     def compile_networks(self) -> None:
-        self.network.compile()
+        compile_blocks(self.network.blocks)
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         assert batch.start is not None, "G.pt learns from pairs: batches need a start"

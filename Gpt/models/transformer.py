@@ -35,6 +35,12 @@ class Block(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile the blocks in place. They share one compilation, which takes seconds at any depth."""
+    for block in blocks:
+        block.compile()
+
+
 def hidden_matrices(blocks: nn.ModuleList) -> list[nn.Parameter]:
     """Weights of the blocks' linear layers but those of the modulation: what Muon may train."""
     return [getattr(block, name).weight for block in blocks for name in ("qkv", "out", "up", "down")]

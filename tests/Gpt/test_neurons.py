@@ -29,6 +29,18 @@ def test_tokens_hold_every_weight_and_give_it_back(name):
     torch.testing.assert_close(tokens.decode(blocks), flat, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_gradient_of_decoding_is_that_of_indexing(name):
+    tokens = NeuronTokens(STRUCTURES[name])
+    draw = rng("cpu", 1)
+    shapes = [(2, *shape) for shape in tokens.shapes]
+    blocks = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(2, STRUCTURES[name].size, generator=draw, dtype=torch.float64)
+    slots = torch.cat([block.flatten(1) for block in blocks], dim=1)
+    expected = torch.autograd.grad((slots[:, tokens.first] + slots[:, tokens.last]) / 2, blocks, upstream)
+    torch.testing.assert_close(torch.autograd.grad(tokens.decode(blocks), blocks, upstream), expected)
+
+
 def test_the_mnist_mlp_is_eleven_tokens():
     tokens = NeuronTokens(Structure.of(MLP(), MLP.symmetry))
     assert tokens.shapes == ((10, 784 + 1 + 10), (1, 10))
