@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,45 @@ from omegaconf import OmegaConf
 
 from data_gen.collect import collect, train_population
 from data_gen.memory import Stream, Trained, collect_in_memory
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.importer import import_adapters
 from Gpt.checkpoint import CheckpointFolder, write_json
 from Gpt.conditions import Conditions, prompt_features
 from Gpt.config import RunConfig, checked, nearest
 from Gpt.data import sources
+from Gpt.data.adapter_batches import AdapterBatchSampler, reads_prompt_sets
 from Gpt.data.batches import BatchSampler
 from Gpt.data.importers import import_checkpoints, import_lmdb
+from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
+from Gpt.diffusion.regression import Regression
 from Gpt.errors import CheckpointError, ConfigError, UserError
+from Gpt.evaluation.adapters import adapters_score, evaluate_adapters
 from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.family import evaluate_family, family_score
 from Gpt.evaluation.results import Results
+from Gpt.evaluation.whole import evaluate_whole, whole_score
 from Gpt.generator import Generator
+from Gpt.masks import MaskSplit
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task, get_task, load_task_modules
-from Gpt.training import mixed_precision
+from Gpt.training import Sampler, mixed_precision
+from rpg import adapters
 from rpg.generator import Rpg, RpgConfig
 from rpg.paper import RpgPaper, RpgPaperConfig
+from rpg.pdiff import Pdiff, PdiffConfig
 
 GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
     "gpt": (GptConfig, Gpt),
     "gpt_paper": (PaperConfig, PaperGpt),
     "rpg": (RpgConfig, Rpg),
     "rpg_paper": (RpgPaperConfig, RpgPaper),
+    "pdiff": (PdiffConfig, Pdiff),
+    **adapters.GENERATORS,
 }
 
 
@@ -76,11 +88,13 @@ class Experiment:
         sources.configure(self.config.data.root, self.config.data.download)
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task)
-        if task.family and "class_mask" not in self.config.condition.names:
-            raise ConfigError(
-                f"task {task.name!r} is one task for each class mask, so its generator has to be told the mask; add "
-                "condition=class_mask"
-            )
+        if task.family:
+            members, told = ("class mask", "class_mask") if isinstance(task.family, MaskSplit) else ("sentence", "text")
+            if told not in self.config.condition.names:
+                raise ConfigError(
+                    f"task {task.name!r} is one task for each {members}, so its generator has to be told which; add "
+                    f"condition.names=[{told}]"
+                )
         if self.config.zoo.recipe:
             known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
             for key in self.config.zoo.recipe:
@@ -95,6 +109,14 @@ class Experiment:
 
     @cached_property
     def zoo(self) -> Zoo:
+        """The zoo as it is to be seen: aligned, or split by snapshot, where the settings say so."""
+        zoo = self._plain_zoo
+        if self.config.zoo.align:
+            zoo = align_runs(zoo, *self._held_out)
+        return split_by_snapshot(zoo, *self._held_out) if self.config.zoo.split == "snapshot" else zoo
+
+    @cached_property
+    def _plain_zoo(self) -> Zoo:
         """The zoo, collected or imported first where that is still to do."""
         settings, task = self.config.zoo, self.task
         if settings.refresh_every and settings.store:
@@ -163,7 +185,9 @@ class Experiment:
         source, settings = Path(self.task.checkpoints or ""), self.config.zoo
         if self.zoo_folder.exists() and not source.exists():
             return
-        convert = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
+        convert: Callable[..., None] = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
+        if isinstance(self.task.family, AdapterFamily):
+            convert = import_adapters
         convert(
             source,
             self.zoo_folder,
@@ -202,8 +226,11 @@ class Experiment:
         }
         return CheckpointFolder(self.folder / "checkpoints", json.loads(json.dumps(identity)))
 
-    def sampler(self, split: str) -> BatchSampler:
+    def sampler(self, split: str) -> Sampler:
         """Draws batches from one split of the zoo."""
+        if isinstance(self.task.family, AdapterFamily):
+            pooled = not reads_prompt_sets(self.generator)
+            return AdapterBatchSampler(self.zoo, self.task, split, self.config.batches, pooled=pooled)
         return BatchSampler(
             self.zoo,
             self.task,
@@ -212,6 +239,7 @@ class Experiment:
             self.config.batches,
             with_start=self.generator.needs_start,
             permute=self.generator.augment and split == "train",
+            identities=self.config.generator.get("identities", 0),
         )
 
     def trained(self) -> Generator:
@@ -228,16 +256,27 @@ class Experiment:
 
     @property
     def judge(self) -> Callable[..., Results]:
-        """The evaluation that fits the task, see `Gpt.evaluation`."""
-        return evaluate_family if self.task.family else evaluate
+        """The evaluation that fits the task."""
+        return self._judges[0]
 
     def score(self, generator: Generator) -> dict[str, float]:
         """Validation metrics for the loop; "score" is the one that picks the best weights, lower is better."""
-        measure = family_score if self.task.family else validation_score
-        measured = measure(generator, self.task, self.zoo, self.config.evaluation, self.device)
+        measured = self._judges[1](generator, self.task, self.zoo, self.config.evaluation, self.device)
         metric = measured[f"validation_{self.task.metric}"]
         facts = {name.removeprefix("validation_"): value for name, value in measured.items()}
         return facts | {"score": metric if self.task.minimize else -metric}
+
+    @property
+    def _judges(self) -> tuple[Callable[..., Results], Callable[..., dict[str, float]]]:
+        """The whole evaluation, and what training watches."""
+        if isinstance(self.task.family, AdapterFamily):
+            return evaluate_adapters, adapters_score
+        if self.task.family:
+            return evaluate_family, family_score
+        if not self.generator.needs_start and not self.config.condition.names:
+            settings = self.config.evaluation
+            return partial(evaluate_whole, recalibrate=settings.recalibrate, beside=settings.beside), whole_score
+        return evaluate, validation_score
 
     def _objective(self) -> Objective:
         settings = self.config.objective
@@ -245,7 +284,10 @@ class Experiment:
             return FlowMatching(settings.prediction, settings.loss_space, settings.times)
         if settings.name == "ddpm":
             return DDPM(settings.prediction)
-        raise ConfigError(f"objective.name={settings.name} is unknown; {nearest(settings.name, ['flow', 'ddpm'])}")
+        if settings.name == "regression":
+            return Regression()
+        known = ["flow", "ddpm", "regression"]
+        raise ConfigError(f"objective.name={settings.name} is unknown; {nearest(settings.name, known)}")
 
 
 def open_folder(experiment: Experiment) -> tuple[Path, dict[str, Any]]:

@@ -37,7 +37,8 @@ from Gpt.seeds import rng
 from Gpt.training import train
 
 CONFIGS = Path(__file__).parent / "configs"
-FIT_EXAMPLES = 8192  # examples that normalisation scales are read off
+FIT_EXAMPLES = 8192  # examples that normalisation scales are read off, fewer where networks are large
+FIT_WEIGHTS = 2**28
 
 
 def run(experiment: Experiment) -> Results | None:
@@ -66,7 +67,8 @@ def run(experiment: Experiment) -> Results | None:
     logger = open_loggers(config.logger, folder, dataclasses.asdict(config), resumed) if primary else Loggers([])
     try:
         if not config.test_only:
-            examples = experiment.sampler("train")(FIT_EXAMPLES, rng(experiment.device, config.seed, "fit"))
+            count = min(FIT_EXAMPLES, max(64, FIT_WEIGHTS // experiment.task.structure.size))
+            examples = experiment.sampler("train")(count, rng(experiment.device, config.seed, "fit"))
             experiment.generator.fit(examples)
             state = train(
                 experiment.generator,
@@ -117,7 +119,7 @@ def report(experiment: Experiment, results: Results, logger: Any) -> None:
 
 def describe(zoo: Zoo) -> str:
     """What a zoo holds, what was dropped, and the scales that normalisation uses."""
-    found = scales(zoo)
+    found = scales(zoo, max_networks=min(4096, max(16, FIT_WEIGHTS // zoo.structure.size)))
     tensors = zip(zoo.structure.tensors, found.mean, found.std, strict=True)
     lines = [
         f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder}",

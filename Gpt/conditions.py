@@ -143,7 +143,7 @@ class Conditions(nn.Module):
         unknown = sorted(set(prompt) - set(self.encoders))
         if unknown:
             raise ConfigError(f"this generator knows the conditions {sorted(self.encoders)}, not {unknown}")
-        total = self.bias.expand(batch, -1)
+        total = self.bias.repeat(batch, 1)  # a view would claim gradients under no_grad, which flop counters trip over
         for i, (name, encoder) in enumerate(self.encoders.items()):
             null = self.null[name].expand(batch, -1)
             if name not in prompt:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,7 +35,10 @@ class ZooConfig:
         path: its folder; `zoos/<the task's zoo name>` when None. Collected there if it is missing or incomplete.
         runs: training runs in all; the first `test_runs` are the test split, the next `validation_runs` the validation
             split.
-        snapshots, spacing: stored per run, "log" or "uniform" in the training iteration.
+        snapshots, spacing: stored per run, "log" or "uniform" in the training iteration, or its "tail".
+        split: by "run" or, for one or few long trajectories, by "snapshot"; then `test_runs` and `validation_runs`
+            count snapshots, see `Gpt.data.views`.
+        align: rename the hidden units of every run to match the first training run's.
         dtype: float32, bfloat16 or float16 on disk and in memory.
         shard_runs, population: runs stored, and runs trained, at once (population: a shard's when None).
         storage: "gpu", "ram", "disk", or "auto".
@@ -52,6 +55,8 @@ class ZooConfig:
     validation_runs: int = 128
     snapshots: int = 32
     spacing: str = "log"
+    split: Literal["run", "snapshot"] = "run"
+    align: bool = False
     seed: int = 0
     dtype: str = "float32"
     shard_runs: int = 256

@@ -3,7 +3,9 @@
 The values are G.pt's unless a task says otherwise (Peebles et al. 2022, released training code).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from Gpt.adapters.spec import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,32 @@ class SupervisedRecipe:
 
 
 @dataclass(frozen=True)
+class SingleRecipe(SupervisedRecipe):
+    """The same for networks too large for a batched population, which are trained one after the other.
+
+    The learning rate rises linearly, falls along a cosine (with schedule "cosine"), and can stay constant for a while
+    at the end: along such a tail RPG's checkpoints were saved (Wang et al. 2025, arXiv 2501.11587, section 3.1).
+
+    Attributes:
+        warmup: share of the iterations, without the tail, in which the learning rate rises.
+        label_smoothing: of the training loss alone.
+        cutout: side of the square that is blanked in every training image (DeVries & Taylor 2017, arXiv 1708.04552).
+        tail_iterations, tail_learning_rate: iterations after the epochs, and the constant learning rate in them, which
+            is also where the cosine ends.
+    """
+
+    epochs: int = 30
+    batch_size: int = 512
+    learning_rate: float = 0.4
+    augmentation: str = "flip_crop"
+    warmup: float = 0.2
+    label_smoothing: float = 0.0
+    cutout: int = 0
+    tail_iterations: int = 0
+    tail_learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
 class PpoRecipe:
     """Proximal policy optimisation of a Gaussian policy (Schulman et al. 2017) with Adam and a cosine schedule.
 
@@ -55,4 +83,26 @@ class PpoRecipe:
     evaluation_episodes: int = 64
 
 
-Recipe = SupervisedRecipe | PpoRecipe
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """Low-rank adapters of a frozen language model, with AdamW and a constant learning rate.
+
+    Attributes:
+        base: name of the base model, see `Gpt.adapters.base`.
+        spec: form of an adapter.
+        iterations, examples: mini-batches of a run, and labelled examples of each; the loss is that of the answers.
+        own_a: every run draws its A from a seed of its own (only with `spec.train_a`), so that the zoo shares no gauge.
+        adapters_per_forward: runs that are trained in one pass through the base model.
+    """
+
+    base: str = "smollm2"
+    spec: AdapterSpec = field(default_factory=AdapterSpec)
+    iterations: int = 80
+    examples: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    own_a: bool = False
+    adapters_per_forward: int = 20
+
+
+Recipe = SupervisedRecipe | PpoRecipe | AdapterRecipe

@@ -24,7 +24,8 @@ Optional keys:
     conditions          names of the conditions the task can be prompted with (default ("target_metric",))
     family              a `Gpt.masks.MaskSplit`: not one task but one for each class mask. task_test_fn and correct_fn
                         take the mask as last item of the data, (x, y, mask, net), Bool [classes], or [P, classes] with
-                        a Population; run r of the zoo is trained on the mask `family.mask_of_runs` gives it
+                        a Population; run r of the zoo is trained on the mask `family.mask_of_runs` gives it.
+                        Or a `Gpt.adapters.family.AdapterFamily`: one task for each instruction to a language model
     vocabulary          of a family: names its classes for sentences, see `Gpt.vocabulary` ("digits" or "cifar10")
 
 A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds to TASK_METADATA or defines one of its
@@ -45,7 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Gpt.catalogue import cartpole, vision
+from Gpt.adapters.family import AdapterFamily
+from Gpt.catalogue import adapters, cartpole, vision, whole
 from Gpt.errors import StructureError, TaskError
 from Gpt.masks import MaskSplit
 from Gpt.population import Population
@@ -77,7 +79,7 @@ class Task:
     zoo: str | None = None
     correct_fn: Callable[..., Tensor] | None = None
     conditions: tuple[str, ...] = ("target_metric",)
-    family: MaskSplit | None = None
+    family: MaskSplit | AdapterFamily | None = None
     vocabulary: str | None = None
 
     @cached_property
@@ -115,7 +117,8 @@ class Task:
     def data(self, split: str = "test", device: torch.device | str = "cpu") -> tuple:
         """The inputs of the test function for "train", "validation" or "test", with tensors on `device`; cached.
 
-        For a family, the items of the validation and test split are followed by the first held-out mask.
+        For a family of masks, the items of the validation and test split are followed by the first held-out mask; an
+        `AdapterFamily`'s functions end with the member themselves.
 
         Raises:
             TaskError: there is no such split, the task has no training data, or the split's function does not return a
@@ -129,7 +132,7 @@ class Task:
                     f"task {self.name!r}: the data function of the {split} split returned {type(items).__name__}, "
                     "expected a tuple or list of the test function's inputs (write `return (x,)` for a single one)"
                 )
-            if self.family is not None and split != "train":
+            if isinstance(self.family, MaskSplit) and split != "train":
                 items = (*items, self.family.mask_of_runs(torch.tensor([0]))[0])
             self._data[key] = tuple(i.to(device) if isinstance(i, Tensor) else i for i in items)
         return self._data[key]
@@ -211,12 +214,12 @@ _EXPECTED = {
     "batched": "True or False",
     "validation_data_fn": "a function () -> tuple",
     "train_data_fn": "a function () -> tuple",
-    "recipe": "a Gpt.recipes.SupervisedRecipe or PpoRecipe",
+    "recipe": "a recipe of Gpt.recipes",
     "checkpoints": "the path of a folder, as a string",
     "zoo": "a string",
     "correct_fn": "a function (*data, net) -> bool tensor",
     "conditions": "a tuple of condition names",
-    "family": "a Gpt.masks.MaskSplit",
+    "family": "a Gpt.masks.MaskSplit or Gpt.adapters.family.AdapterFamily",
     "vocabulary": "a string",
 }
 
@@ -235,7 +238,7 @@ def _check_value(name: str, key: str, value: Any) -> None:
     elif key == "symmetry":
         ok = isinstance(value, Mapping) and all(isinstance(groups, tuple) for groups in value.values())
     elif key == "family":
-        ok = isinstance(value, MaskSplit)
+        ok = isinstance(value, MaskSplit | AdapterFamily)
     elif key == "conditions":
         ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     else:
@@ -291,4 +294,4 @@ def load_task_modules(paths: Sequence[str] = ()) -> None:
             raise TaskError(f"task_modules: {path!r} adds no entry to TASK_METADATA")
 
 
-TASK_METADATA: dict[str, dict[str, Any]] = {**vision.TASKS, **cartpole.TASKS}
+TASK_METADATA: dict[str, dict[str, Any]] = {**vision.TASKS, **cartpole.TASKS, **whole.TASKS, **adapters.TASKS}

@@ -14,7 +14,7 @@ The last piece of a vector, tensor or row is shorter where `chunk` does not divi
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,16 +56,14 @@ def split_sizes(groups: Sequence[Sequence[int]], policy: str, chunk: int | None 
 class Tokenization(nn.Module):
     """A cut of the flat vector `[D]` into T tokens of at most K entries, shorter ones padded with zeros.
 
+    Neighbouring tokens of one size are cut and padded in one piece, so that nothing here is as long as the vector: an
+    index table would be eight bytes per weight, twice, and its gradient a scatter.
+
     Args:
         splits: `(start, stop)` of every token, consecutive and without gaps: they begin at 0 and end at D.
-
-    Attributes:
-        mask: Bool `[T, K]`, True where a token holds a weight and False where it is padded.
     """
 
-    mask: Bool[Tensor, "T K"]
-    source: Int[Tensor, "T K"]
-    place: Int[Tensor, " D"]
+    sizes: Int[Tensor, " T"]
 
     def __init__(self, splits: Iterable[tuple[int, int]]):
         super().__init__()
@@ -73,17 +71,11 @@ class Tokenization(nn.Module):
         starts, stops = zip(*self.splits, strict=True)
         if starts != (0, *stops[:-1]) or any(start >= stop for start, stop in self.splits):
             raise ValueError(f"token splits must be consecutive, non-empty and begin at 0, not {self.splits}")
+        sizes = [stop - start for start, stop in self.splits]
         self.size = stops[-1]
-        self.width = max(stop - start for start, stop in self.splits)
-        # Padding reads entry D, a zero that encode appends.
-        source = torch.full((len(self.splits), self.width), self.size)
-        place = torch.empty(self.size, dtype=torch.long)
-        for token, (start, stop) in enumerate(self.splits):
-            source[token, : stop - start] = torch.arange(start, stop)
-            place[start:stop] = torch.arange(stop - start) + token * self.width
-        self.register_buffer("source", source, persistent=False)
-        self.register_buffer("place", place, persistent=False)
-        self.register_buffer("mask", source < self.size, persistent=False)
+        self.width = max(sizes)
+        self._runs = [(len(list(run)), size) for size, run in groupby(sizes)]
+        self.register_buffer("sizes", torch.tensor(sizes), persistent=False)
 
     @classmethod
     def of(cls, structure: Structure, policy: str, chunk: int | None = None) -> "Tokenization":
@@ -95,14 +87,24 @@ class Tokenization(nn.Module):
         """T, the number of tokens."""
         return len(self.splits)
 
+    @property
+    def mask(self) -> Bool[Tensor, "T K"]:
+        """True where a token holds a weight and False where it is padded."""
+        return torch.arange(self.width, device=self.sizes.device) < self.sizes[:, None]
+
     def encode(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, "B T K"]:
         """Flat rows to zero-padded tokens."""
-        padded = F.pad(weights, (0, 1))
-        return padded.index_select(1, self.source.flatten()).unflatten(1, self.source.shape)
+        runs = weights.split([count * size for count, size in self._runs], dim=1)
+        pieces = [
+            F.pad(run.unflatten(1, (count, size)), (0, self.width - size))
+            for run, (count, size) in zip(runs, self._runs, strict=True)
+        ]
+        return torch.cat(pieces, dim=1)
 
     def decode(self, tokens: Float[Tensor, "B T K"]) -> Float[Tensor, "B D"]:
         """Tokens to flat rows; whatever stands in the padding is dropped. Exact inverse of `encode`."""
-        return tokens.flatten(1).index_select(1, self.place)
+        runs = tokens.split([count for count, _ in self._runs], dim=1)
+        return torch.cat([run[..., :size].flatten(1) for run, (_, size) in zip(runs, self._runs, strict=True)], dim=1)
 
 
 def _chunks(size: int, chunk: int) -> list[int]:

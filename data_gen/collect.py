@@ -16,13 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from data_gen.adapters import train_adapter_population
 from data_gen.ppo import train_ppo_population
+from data_gen.single import total_iterations_of, train_one_by_one
 from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards
 from Gpt.data.shards import Manifest
 from Gpt.errors import ConfigError, TaskError
 from Gpt.masks import label_map
-from Gpt.recipes import PpoRecipe, Recipe, SupervisedRecipe
+from Gpt.recipes import AdapterRecipe, PpoRecipe, Recipe, SingleRecipe, SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
 
@@ -35,11 +37,16 @@ def snapshot_schedule(iterations: int, snapshots: int, spacing: str = "log", see
     Args:
         spacing: "log" spaces evenly in log(iteration), so that the early, fast part of training is well covered (where
             integers are too sparse for that, the next free ones are taken); "uniform" draws the inner iterations
-            uniformly without replacement (G.pt's rule).
+            uniformly without replacement (G.pt's rule); "tail" keeps the last ones in a row, without the
+            initialisation (RPG's rule; a single one is the final network).
 
     Raises:
         ConfigError: there are not that many iterations, or the spacing is unknown.
     """
+    if spacing == "tail":
+        if not 1 <= snapshots <= iterations:
+            raise ConfigError(f"zoo: {snapshots} snapshots do not fit, a run has a tail of 1 to {iterations} of them")
+        return list(range(iterations - snapshots + 1, iterations + 1))
     if not 2 <= snapshots <= iterations + 1:
         raise ConfigError(f"zoo: {snapshots} snapshots do not fit, a run has 2 to {iterations + 1} of them")
     inner = snapshots - 2
@@ -47,7 +54,7 @@ def snapshot_schedule(iterations: int, snapshots: int, spacing: str = "log", see
         drawn = torch.randperm(iterations - 1, generator=rng("cpu", seed, "snapshots"))[:inner] + 1
         return [0, *sorted(drawn.tolist()), iterations]
     if spacing != "log":
-        raise ConfigError(f"zoo: spacing {spacing!r} is not known, expected log or uniform")
+        raise ConfigError(f"zoo: spacing {spacing!r} is not known, expected log, uniform or tail")
     schedule = [0]
     for i in range(inner):
         wanted = round(iterations ** (i / inner))
@@ -63,7 +70,9 @@ def total_iterations(task: Task) -> int:
         TaskError: the task has no recipe.
     """
     recipe = _recipe(task)
-    return recipe.iterations if isinstance(recipe, PpoRecipe) else iterations_of(task, recipe)
+    if isinstance(recipe, PpoRecipe | AdapterRecipe):
+        return recipe.iterations
+    return total_iterations_of(task, recipe) if isinstance(recipe, SingleRecipe) else iterations_of(task, recipe)
 
 
 def _recipe(task: Task) -> Recipe:
@@ -76,10 +85,12 @@ def _recipe(task: Task) -> Recipe:
 
 
 def _recipe_record(task: Task) -> dict[str, Any]:
-    """What the networks of a zoo depend on: the recipe and, of a family, which run has which mask."""
+    """What the networks of a zoo depend on: the recipe and, of a family, which run has which of its members."""
     recipe = _recipe(task)
     record = {"type": type(recipe).__name__, **dataclasses.asdict(recipe)}
-    return record if task.family is None else record | {"family": dataclasses.asdict(task.family)}
+    if task.family is not None:
+        record["family"] = dataclasses.asdict(task.family)
+    return json.loads(json.dumps(record))  # in the types that a manifest gives back
 
 
 def train_population(
@@ -91,17 +102,21 @@ def train_population(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
-    """Train runs of the task's recipe at once, in memory: what a stored zoo is made of, and what streaming feeds on.
+    """Train runs of the task's recipe, in memory and, if it allows, at once: what a zoo is made of, stored or streamed.
 
     Returns:
         float32 weights on `device` and the metric columns.
     """
     recipe = _recipe(task)
+    if isinstance(recipe, SingleRecipe):
+        return train_one_by_one(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
     if isinstance(recipe, SupervisedRecipe):
         labels = None if task.family is None else label_map(task.family.mask_of_runs(torch.tensor(run_ids)))
         return train_supervised_population(
             task, recipe, run_ids, seed, snapshot_iterations, device, label_map=labels, progress=progress
         )
+    if isinstance(recipe, AdapterRecipe):
+        return train_adapter_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
     weights, metrics = train_ppo_population(recipe, run_ids, seed, snapshot_iterations, torch.device(device))
     if progress:
         progress(len(run_ids) * len(snapshot_iterations))

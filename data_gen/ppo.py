@@ -4,14 +4,17 @@ R agents are one tensor of parameters `[R, 2499]`: log_std, actor, critic. A gra
 backward pass of the sum of their losses, for no loss depends on another agent's parameters, and one step of one Adam,
 for Adam acts on every number alone; only the clipping of gradients has to be done row by row.
 
-Every agent draws its noise from a generator of its own, seeded with (seed, run id), in two calls per iteration that
-fill its rows of preallocated buffers. A run is thus the same whichever others share its batch, to floating-point
-tolerance, and the rest of an iteration is a deterministic tensor program without host synchronisation.
+Noise is counter-based (`data_gen.randomness`): a hash of run and iteration, one program for all agents. A run is thus
+the same whichever others share its batch, to floating-point tolerance, and an iteration is a deterministic tensor
+program without host synchronisation. On CUDA devices its four parts are compiled, for their kernels are tiny: one step
+of a cart-pole is more than a hundred operations on R x E numbers.
 
 Source: Schulman et al. 2017 (arXiv 1707.06347), with generalised advantages (Schulman et al. 2016, arXiv 1506.02438);
 widths and hyper-parameters are those of G.pt's cart-pole zoo (Peebles et al. 2022, arXiv 2209.12892).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from data_gen.randomness import random_words, run_keys
 from Gpt.environments import EPISODE_STEPS, EVALUATION_SEEDS, CartPole, Evaluation, evaluate_policy
 from Gpt.errors import ConfigError
 from Gpt.networks import CartPoleActor
@@ -160,29 +164,43 @@ class Rollout:
 class PpoPopulation:
     """R agents in training, each with its own initialisation, environments, mini-batches and noise.
 
+    Args:
+        compile: whether to `torch.compile` the parts of an iteration; by default on CUDA devices only.
+
     Attributes:
         parameters: `[R, 2499]`, log_std, actor and critic of every agent.
         state: `[R, E, 4]`, of every environment; `age` `[R, E]` counts the steps of its episode.
     """
 
-    def __init__(self, recipe: PpoRecipe, run_ids: list[int], seed: int, device: torch.device | str):
-        self.recipe = recipe
-        runs, environments, horizon = len(run_ids), recipe.environments, recipe.horizon
+    def __init__(
+        self,
+        recipe: PpoRecipe,
+        run_ids: list[int],
+        seed: int,
+        device: torch.device | str,
+        compile: bool | None = None,
+    ):
+        self.recipe, device = recipe, torch.device(device)
+        runs, environments = len(run_ids), recipe.environments
         self.parameters = torch.stack([initial_parameters(seed, run) for run in run_ids]).to(device).requires_grad_()
         self._optimizer = torch.optim.Adam([self.parameters], lr=recipe.learning_rate, fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=recipe.iterations)
-        self._generators = [rng(device, seed, "ppo", run) for run in run_ids]
-        self._normal = torch.empty(runs, horizon * environments, device=device)
-        self._uniform = torch.empty(runs, (4 * horizon + recipe.epochs) * environments, device=device)
+        self._keys = run_keys(seed, "ppo", run_ids, device)
+        self._iteration = torch.zeros((), dtype=torch.long, device=device)
+        compile = device.type == "cuda" if compile is None else compile
+        parts: tuple[Callable, ...] = (draw, act, examples, clipped_gradient)
+        if compile:
+            parts = tuple(torch.compile(part, dynamic=False) for part in parts)
+        self._random, self._act, self._examples, self._gradient = parts
         self._draw()
-        self._cart_pole = CartPole()
-        self.state = self._cart_pole.start(self._uniform[:, : 4 * environments].view(runs, environments, 4))
+        self.state = CartPole().start(self._uniform[:, : 4 * environments].view(runs, environments, 4))
         self.age = torch.zeros(runs, environments, dtype=torch.int32, device=device)
 
     def actors(self) -> Float[Tensor, "R D"]:
         """A copy of the actors in the order of `CartPoleActor.state_dict()`."""
         return self.parameters.detach()[:, :ACTOR_SIZE].clone()
 
+    @torch.no_grad()
     def iterate(self) -> None:
         """One iteration of every agent: collect, estimate advantages, and several epochs of mini-batch steps."""
         self._draw()
@@ -195,21 +213,13 @@ class PpoPopulation:
     @torch.no_grad()
     def collect(self) -> Rollout:
         """Act for H steps in every environment; a finished episode is followed by a new one."""
-        recipe, runs = self.recipe, len(self.parameters)
-        noise = self._normal.view(runs, recipe.horizon, recipe.environments)
-        fresh = self._uniform[:, : 4 * noise[0].numel()].view(*noise.shape, 4)
-        log_std, actor = self.parameters[:, :1], self.parameters[:, 1:ACTOR_SIZE]
+        shape = (len(self.parameters), self.recipe.horizon, self.recipe.environments)
+        normal = self._normal.view(shape)
+        fresh = self._uniform[:, : 4 * normal[0].numel()].view(*shape, 4)
         steps = []
-        for t in range(recipe.horizon):
-            mean = network(actor, self.state)
-            action = mean + log_std.exp() * noise[:, t]
-            reached, reward, terminated = self._cart_pole.step(self.state, action.unsqueeze(-1))
-            self.age += 1
-            done = terminated | (self.age >= EPISODE_STEPS)
-            density = log_probability(action, mean, log_std)
-            steps.append((self.state, action, density, reward, reached, terminated, done))
-            self.state = torch.where(done.unsqueeze(-1), self._cart_pole.start(fresh[:, t]), reached)
-            self.age.masked_fill_(done, 0)
+        for t in range(self.recipe.horizon):
+            self.state, self.age, step = self._act(self.parameters, self.state, self.age, normal[:, t], fresh[:, t])
+            steps.append(step)
         return Rollout(*(torch.stack(column, dim=2) for column in zip(*steps, strict=True)))
 
     @torch.no_grad()
@@ -218,37 +228,12 @@ class PpoPopulation:
 
         Advantages are standardised over each agent's transitions of the iteration.
         """
-        critic = self.parameters[:, ACTOR_SIZE:]
-        value = network(critic, rollout.observation.flatten(1, 2)).view_as(rollout.reward)
-        next_value = network(critic, rollout.next_observation.flatten(1, 2)).view_as(rollout.reward)
-        delta = rollout.reward + self.recipe.gamma * next_value.masked_fill(rollout.terminated, 0) - value
-        advantage = generalized_advantages(delta, rollout.done, self.recipe.gamma * self.recipe.gae_lambda)
-        target = advantage + value
-        std, mean = torch.std_mean(advantage, dim=(1, 2), keepdim=True)
-        columns = [rollout.action, rollout.log_probability, (advantage - mean) / (std + 1e-8), target]
-        return torch.cat([rollout.observation, torch.stack(columns, dim=-1)], dim=-1)
+        return self._examples(self.recipe, self.parameters, rollout)
 
-    def loss(self, batch: Float[Tensor, "R N 8"]) -> Float[Tensor, " R"]:
-        """Every agent's clipped surrogate, value error and entropy bonus (Schulman et al. 2017, equations 7 and 9)."""
-        recipe, runs = self.recipe, len(batch)
-        observation = batch[..., :4].repeat_interleave(2, dim=0)
-        action, old_log_probability, advantage, target = batch[..., 4:].unbind(-1)
-        # Actor and critic have the same widths, so that both are one batch of 2R networks.
-        outputs = network(self.parameters[:, 1:].reshape(2 * runs, NETWORK_SIZE), observation)
-        mean, value = outputs.view(runs, 2, -1).unbind(1)
-        log_std = self.parameters[:, :1]
-        ratio = torch.exp(log_probability(action, mean, log_std) - old_log_probability)
-        clipped = ratio.clamp(1 - recipe.clip, 1 + recipe.clip)
-        policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean(dim=1)
-        value_loss = (value - target).square().mean(dim=1)
-        # The entropy of a Gaussian is log_std and a constant.
-        return policy_loss + recipe.value_coefficient * value_loss - recipe.entropy_coefficient * log_std.squeeze(1)
-
+    @torch.no_grad()
     def update(self, batch: Float[Tensor, "R N 8"]) -> None:
         """One Adam step of every agent, the gradient of each clipped to the recipe's norm."""
-        (gradient,) = torch.autograd.grad(self.loss(batch).sum(), self.parameters)
-        norm = gradient.norm(dim=1, keepdim=True)
-        self.parameters.grad = gradient * (self.recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        self.parameters.grad = self._gradient(self.recipe, self.parameters, batch)
         self._optimizer.step()
 
     def minibatches(self) -> list[Int[Tensor, "R n"]]:
@@ -259,6 +244,84 @@ class PpoPopulation:
         return [part for epoch in order.unbind(1) for part in epoch.chunk(recipe.minibatches, dim=1)]
 
     def _draw(self) -> None:
-        for generator, normal, uniform in zip(self._generators, self._normal, self._uniform, strict=True):
-            normal.normal_(generator=generator)
-            uniform.uniform_(generator=generator)
+        """All random numbers of an iteration."""
+        environments, horizon = self.recipe.environments, self.recipe.horizon
+        normals, uniforms = horizon * environments, (4 * horizon + self.recipe.epochs) * environments
+        self._normal, self._uniform = self._random(self._keys, self._iteration, normals, uniforms)
+        self._iteration += 1
+
+
+# --- the parts of an iteration: pure functions, which torch.compile turns into few kernels ----------------------------
+
+
+def draw(
+    keys: Int[Tensor, "R 2"], iteration: Int[Tensor, ""], normals: int, uniforms: int
+) -> tuple[Float[Tensor, "R normals"], Float[Tensor, "R uniforms"]]:
+    """Standard Gaussian and uniform [0, 1) numbers of every run, a function of its key and of the iteration.
+
+    Gaussians come in pairs (Box & Muller 1958); with 24 random bits they end at 5.8 standard deviations.
+    """
+    pairs = -(-normals // 2)
+    slots = torch.arange(2 * pairs + uniforms, device=keys.device)
+    unit = (random_words(keys, iteration, slots) >> 8).float() * 2.0**-24
+    radius, angle, uniform = unit.split((pairs, pairs, uniforms), dim=1)
+    radius, angle = (-2 * torch.log1p(-radius)).sqrt(), 2 * math.pi * angle
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :normals], uniform
+
+
+def act(
+    parameters: Float[Tensor, "R D"],
+    state: Float[Tensor, "R E 4"],
+    age: Int[Tensor, "R E"],
+    noise: Float[Tensor, "R E"],
+    fresh: Float[Tensor, "R E 4"],
+) -> tuple[Float[Tensor, "R E 4"], Int[Tensor, "R E"], tuple[Tensor, ...]]:
+    """One step in every environment: the next state and age, and this step's items of a `Rollout`."""
+    cart_pole = CartPole()
+    log_std = parameters[:, :1]
+    mean = network(parameters[:, 1:ACTOR_SIZE], state)
+    action = mean + log_std.exp() * noise
+    reached, reward, terminated = cart_pole.step(state, action.unsqueeze(-1))
+    age = age + 1
+    done = terminated | (age >= EPISODE_STEPS)
+    step = (state, action, log_probability(action, mean, log_std), reward, reached, terminated, done)
+    return torch.where(done.unsqueeze(-1), cart_pole.start(fresh), reached), age.masked_fill(done, 0), step
+
+
+def examples(recipe: PpoRecipe, parameters: Float[Tensor, "R D"], rollout: Rollout) -> Float[Tensor, "R E H 8"]:
+    """See `PpoPopulation.estimate`."""
+    critic = parameters[:, ACTOR_SIZE:]
+    value = network(critic, rollout.observation.flatten(1, 2)).view_as(rollout.reward)
+    next_value = network(critic, rollout.next_observation.flatten(1, 2)).view_as(rollout.reward)
+    delta = rollout.reward + recipe.gamma * next_value.masked_fill(rollout.terminated, 0) - value
+    advantage = generalized_advantages(delta, rollout.done, recipe.gamma * recipe.gae_lambda)
+    target = advantage + value
+    std, mean = torch.std_mean(advantage, dim=(1, 2), keepdim=True)
+    columns = [rollout.action, rollout.log_probability, (advantage - mean) / (std + 1e-8), target]
+    return torch.cat([rollout.observation, torch.stack(columns, dim=-1)], dim=-1)
+
+
+def losses(recipe: PpoRecipe, parameters: Float[Tensor, "R D"], batch: Float[Tensor, "R N 8"]) -> Float[Tensor, " R"]:
+    """Every agent's clipped surrogate, value error and entropy bonus (Schulman et al. 2017, equations 7 and 9)."""
+    runs = len(batch)
+    observation = batch[..., :4].repeat_interleave(2, dim=0)
+    action, old_log_probability, advantage, target = batch[..., 4:].unbind(-1)
+    # Actor and critic have the same widths, so that both are one batch of 2R networks.
+    outputs = network(parameters[:, 1:].reshape(2 * runs, NETWORK_SIZE), observation)
+    mean, value = outputs.view(runs, 2, -1).unbind(1)
+    log_std = parameters[:, :1]
+    ratio = torch.exp(log_probability(action, mean, log_std) - old_log_probability)
+    clipped = ratio.clamp(1 - recipe.clip, 1 + recipe.clip)
+    policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean(dim=1)
+    value_loss = (value - target).square().mean(dim=1)
+    # The entropy of a Gaussian is log_std and a constant.
+    return policy_loss + recipe.value_coefficient * value_loss - recipe.entropy_coefficient * log_std.squeeze(1)
+
+
+def clipped_gradient(
+    recipe: PpoRecipe, parameters: Float[Tensor, "R D"], batch: Float[Tensor, "R N 8"]
+) -> Float[Tensor, "R D"]:
+    """Gradient of every agent's loss, scaled down to the recipe's norm where it is longer."""
+    gradient = torch.func.grad(lambda p: losses(recipe, p, batch).sum())(parameters)
+    norm = gradient.norm(dim=1, keepdim=True)
+    return gradient * (recipe.max_grad_norm / (norm + 1e-6)).clamp(max=1)

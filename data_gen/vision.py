@@ -4,7 +4,6 @@ Every run has its own initialisation and mini-batches. All runs are rows of one 
 of batched kernels whatever R is. The data set is resident once; a step gathers every run's mini-batch from it.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,17 +11,18 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
 from data_gen.randomness import below, permuted, random_words, run_keys
+from Gpt import updates
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as score_population
-from Gpt.population import Population, stack_initial
+from Gpt.population import Population, population_gradient, stack_initial, training_precision
 from Gpt.recipes import SupervisedRecipe
+from Gpt.scoring import classification_error, classification_loss, mask_error
 from Gpt.seeds import derive_seed
-from Gpt.structure import Structure
-from Gpt.tasks import Task, classification_error, classification_loss, mask_error
+from Gpt.shared_inputs import with_shared_inputs
+from Gpt.tasks import Task
 
 TRAIN_METRIC_EXAMPLES = 2000
 CROP_PADDING = 4
@@ -111,8 +111,9 @@ class TrainingStep:
         inputs, self.labels = _train_data(task, device)
         self.inputs = _padded(task, inputs) if recipe.augmentation == "flip_crop" else inputs
         self.slots = torch.arange(recipe.batch_size, device=device)
-        self.gradient = population_gradient(task.template, task.structure, device)
-        self.optimizer = optimizer(recipe, _trainable(task.template, task.structure).to(device))
+        precision = training_precision(task.template, device)
+        self.gradient = population_gradient(task.template, task.structure, inputs[:1], precision)
+        self.optimizer = optimizer(recipe, updates.trainable(task.template, task.structure).to(device))
         self._run = torch.compile(self._step, dynamic=False) if compile else self._step
 
     def initial_state(self, run_ids: list[int], seed: int, label_map: Tensor | None = None) -> State:
@@ -121,15 +122,10 @@ class TrainingStep:
         seeds = [derive_seed(seed, "init", name) for name in names]
         weights = stack_initial(self.task.constructor, self.task.structure, seeds).to(self.device)
         weights = weights.expand(len(run_ids), -1).clone()
-        state = {
-            "weights": weights,
-            "iteration": torch.zeros((), dtype=torch.long, device=self.device),
+        state = updates.initial_state(weights, square=self.recipe.optimizer != "sgd") | {
             "batch_keys": run_keys(seed, "batches", run_ids, self.device),
             "augmentation_keys": run_keys(seed, "augmentation", run_ids, self.device),
-            "momentum": torch.zeros_like(weights),
         }
-        if self.recipe.optimizer != "sgd":
-            state["square"] = torch.zeros_like(weights)
         if label_map is not None:
             state["label_map"] = label_map.to(self.device)
         return state
@@ -186,94 +182,21 @@ def _check_deterministic(task: Task) -> None:
             )
 
 
-def _trainable(template: nn.Module, structure: Structure) -> Float[Tensor, " D"]:
-    """1 for entries of parameters, 0 for frozen ones and for buffers (running statistics)."""
-    parameters = {name for name, p in template.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return torch.cat([torch.full((t.numel,), float(t.name in parameters)) for t in structure.tensors])
-
-
-# --- gradient ---------------------------------------------------------------------------------------------------------
-
-
-def population_gradient(
-    template: nn.Module, structure: Structure, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(weights [R, D], inputs [R, B, ...], labels [R, B]) -> gradient [R, D] of every run's mean cross-entropy.
-
-    Running statistics that the forward pass updates are written back into `weights`.
-    """
-    net = copy.deepcopy(template).to(device).train()
-    fixed = {name: value.to(device) for name, value in structure.fixed.items()}
-    buffers = [t for t in structure.tensors if t.name in dict(net.named_buffers())]
-
-    def forward(parameters: State, statistics: State, inputs: Tensor) -> tuple[Tensor, State]:
-        # The network updates its buffers in place, hence the copies.
-        copies = {name: value.clone() for name, value in (statistics | fixed).items()}
-        logits = functional_call(net, parameters | copies, (inputs,), tie_weights=True)
-        return logits, {name: copies[name] for name in statistics}
-
-    def loss(parameters: State, statistics: State, inputs: Tensor, labels: Tensor) -> tuple[Tensor, State]:
-        logits, updated = vmap(forward)(parameters, statistics, inputs)
-        # Summed over runs: no weight of one run touches the loss of another. Classes as axis 1, because torch's CPU
-        # softmax over a short last axis is seven times slower.
-        return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="sum") / labels.shape[1], updated
-
-    def gradient(weights: Tensor, inputs: Tensor, labels: Tensor) -> Tensor:
-        parameters = structure.unflatten(weights)
-        statistics = {t.name: parameters.pop(t.name) for t in buffers}
-        gradients, updated = grad(loss, has_aux=True)(parameters, statistics, inputs, labels)
-        for t in buffers:
-            weights[:, t.slice] = updated[t.name].flatten(1)
-            gradients[t.name] = torch.zeros_like(updated[t.name])
-        return structure.flatten(gradients)
-
-    return gradient
-
-
 # --- optimisers -------------------------------------------------------------------------------------------------------
 
-Optimizer = Callable[[State, Tensor, Tensor | float], None]
 
-
-def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> Optimizer:
-    """The in-place update (state, gradient [R, D], learning rate) of the recipe; equals torch.optim's, run by run.
+def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> updates.Update:
+    """The recipe's in-place update.
 
     Raises:
         ConfigError: the recipe names another optimizer than sgd, adam or adamw.
     """
     _check_choice(recipe, "optimizer", ("sgd", "adam", "adamw"))
-    decay = recipe.weight_decay * trainable
     if recipe.optimizer == "sgd":
-        return _sgd(decay, trainable, recipe.momentum, recipe.nesterov)
-    return _adam(decay, trainable, decoupled=recipe.optimizer == "adamw")
-
-
-def _sgd(decay: Tensor, trainable: Tensor, momentum: float, nesterov: bool) -> Optimizer:
-    def update(state: State, gradient: Tensor, learning_rate: Tensor | float) -> None:
-        weights, velocity = state["weights"], state["momentum"]
-        gradient = gradient * trainable + decay * weights
-        velocity.mul_(momentum).add_(gradient)
-        weights -= learning_rate * (gradient + momentum * velocity if nesterov else velocity)
-
-    return update
-
-
-def _adam(decay: Tensor, trainable: Tensor, decoupled: bool) -> Optimizer:
-    beta1, beta2, epsilon = 0.9, 0.999, 1e-8  # torch.optim's defaults
-
-    def update(state: State, gradient: Tensor, learning_rate: Tensor | float) -> None:
-        weights, mean, square, step = state["weights"], state["momentum"], state["square"], state["iteration"] + 1
-        gradient = gradient * trainable
-        if decoupled:
-            weights *= 1 - learning_rate * decay
-        else:
-            gradient = gradient + decay * weights
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (square / (1 - beta2**step)).sqrt() + epsilon
-        weights -= learning_rate / (1 - beta1**step) * mean / denominator
-
-    return update
+        return updates.sgd(
+            trainable, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
+        )
+    return updates.adam(trainable, decoupled=recipe.optimizer == "adamw", weight_decay=recipe.weight_decay)
 
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
@@ -335,44 +258,33 @@ def cross_entropy_and_error(
     label_map: Int[Tensor, "P classes"] | None = None,
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Mean cross-entropy (nats) and top-1 error (percent) of P networks, in pieces of bounded memory."""
-    networks, examples = _piece(task.template, inputs, weights)
+    population = Population(with_shared_inputs(task.template), task.structure, weights)
+    networks, examples = population.piece(inputs)
+    sums = _compiled_sums if weights.is_cuda else loss_and_error_sums
     losses, errors = [], []
     for p in range(0, len(weights), networks):
-        population = Population(task.template, task.structure, weights[p : p + networks])
+        population.weights = weights[p : p + networks]
         loss, error = torch.zeros(2, len(population), device=weights.device)
         for n in range(0, len(inputs), examples):
             logits = population(inputs[n : n + examples]).float()
             wanted = labels[n : n + examples].expand(logits.shape[:-1])
             if label_map is not None:
                 wanted = label_map[p : p + networks].to(wanted.device).gather(1, wanted)
-            chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
-            loss += (logits.logsumexp(-1) - chosen).sum(-1)
-            error += (logits.argmax(-1) != wanted).sum(-1)
+            part_loss, part_error = sums(logits, wanted)
+            loss += part_loss
+            error += part_error
         losses.append(loss / len(inputs))
         errors.append(100 * error / len(inputs))
     return torch.cat(losses), torch.cat(errors)
 
 
-def _piece(template: nn.Module, inputs: Tensor, weights: Tensor) -> tuple[int, int]:
-    """(networks, examples) evaluated in one call, such that activations fill a cache (CPU) or keep a GPU busy."""
-    budget = 2**28 if weights.is_cuda else 2**20
-    per_pair = 2 * _activations(template, inputs[:1].cpu())
-    examples = min(len(inputs), 1024 if weights.is_cuda else 256)
-    return max(1, budget // (per_pair * examples)), examples
+def loss_and_error_sums(
+    logits: Float[Tensor, "P N classes"], wanted: Int[Tensor, "P N"]
+) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
+    """Cross-entropy and number of wrong answers, summed over the examples."""
+    chosen = logits.gather(-1, wanted[..., None]).squeeze(-1)
+    return (logits.logsumexp(-1) - chosen).sum(-1), (logits.argmax(-1) != wanted).sum(-1)
 
 
-@torch.no_grad()
-def _activations(template: nn.Module, example: Tensor) -> int:
-    """Numbers that the leaf modules of a network put out for one example."""
-    total = 0
-
-    def count(module: nn.Module, args: tuple, output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() if isinstance(output, Tensor) else 0
-
-    net = copy.deepcopy(template).eval()
-    for module in net.modules():
-        if not any(module.children()):
-            module.register_forward_hook(count)
-    net(example)
-    return max(total, 1)
+# One pass over the logits of thousands of networks instead of six.
+_compiled_sums = torch.compile(loss_and_error_sums, dynamic=True)

@@ -361,7 +361,7 @@ def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, cap
 
 def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
     config = config_of("condition=none", name="digits_mask_rpg")
-    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*condition=class_mask"):
+    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*condition.names=\\[class_mask\\]"):
         _ = Experiment(config, "digits_mask_rpg").task
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import main
-from experiment import Experiment
 import playground
+from experiment import Experiment
 from Gpt import text
 from Gpt.checkpoint import TrainingState
 from Gpt.errors import CheckpointError, ConfigError

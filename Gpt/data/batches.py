@@ -38,6 +38,11 @@ class BatchSampler:
         conditions: names of the prompt's conditions.
         with_start: whether examples have a starting network (an earlier snapshot of the same run).
         permute: rename the hidden units of every example, the same way in start and target.
+        identities: how many training runs have an identity, which prompts then name as "identity", Int `[B]`: 0, 1, …
+            in the order of the zoo. Runs of other splits have none and borrow those of training runs in turn.
+
+    Raises:
+        ConfigError: the zoo does not go with the conditions, the starts or the number of identities.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class BatchSampler:
         *,
         with_start: bool,
         permute: bool,
+        identities: int = 0,
     ):
         if with_start and zoo.snapshots < 2:
             raise ConfigError("this generator learns from pairs of snapshots, but the zoo has one snapshot of each run")
@@ -58,16 +64,24 @@ class BatchSampler:
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
         self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
         self.masks = _masks_of_rows(zoo, task) if "class_mask" in conditions else None
+        self.identities = identities
+        runs = len(self.rows)
+        if identities and split == "train" and runs != identities:
+            raise ConfigError(f"generator.identities={identities} does not fit {runs} training runs: use {runs}")
 
     def __call__(self, count: int, rng: torch.Generator) -> Batch:
         """`count` independent examples."""
-        rows = self.rows[torch.randint(len(self.rows), (count,), generator=rng, device=rng.device)]
+        chosen = torch.randint(len(self.rows), (count,), generator=rng, device=rng.device)
+        rows = self.rows[chosen]
         start, target = self._pairs(count, rng) if self.with_start else (None, self._singles(count, rng))
         weights = [self.zoo.read(rows, snapshots) for snapshots in (target, start) if snapshots is not None]
         if self.permute:
             index = random_index(self.zoo.structure, self.task.aug_fn, self.task.template, count, rng)
             weights = [flat.gather(1, index) for flat in weights]
-        return Batch(weights[0], weights[1] if self.with_start else None, self._prompt(rows, start, target))
+        prompt = self._prompt(rows, start, target)
+        if self.identities:
+            prompt["identity"] = chosen % self.identities
+        return Batch(weights[0], weights[1] if self.with_start else None, prompt)
 
     def _pairs(self, count: int, rng: torch.Generator) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Snapshot indices (start, target) with start < target."""

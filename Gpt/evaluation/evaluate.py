@@ -52,6 +52,8 @@ class EvaluationConfig:
         novelty_behaviours: training networks whose mistakes they are compared with.
         novelty_candidates: training networks that each is matched with, unit by unit.
         quick_networks: starting networks of `validation_score`.
+        recalibrate: measure whole networks also with batch-norm statistics re-estimated on training images.
+        beside: folders of finished runs whose generators stand in the same table.
     """
 
     label: str = "G.pt"
@@ -73,6 +75,8 @@ class EvaluationConfig:
     novelty_behaviours: int = 1024
     novelty_candidates: int = 8
     quick_networks: int = 16
+    recalibrate: bool = False
+    beside: tuple[str, ...] = ()
     seed: int = 0
 
 

@@ -1,24 +1,25 @@
 """Ordinary optimisers from the generator's own starting networks, with the learning rate tuned on validation data.
 
-All networks and all learning rates train at once: one parameter group per learning rate, each a stack of networks, so
-that `torch.optim` itself does the updates. The loss is the cross-entropy on the task's training data.
+All networks and all learning rates train at once, as rows of one matrix. The loss is the cross-entropy on the task's
+training data.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from Gpt import updates
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.results import Trace
 from Gpt.evaluation.statistics import trace
-from Gpt.population import Population
+from Gpt.population import population_gradient
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
@@ -26,10 +27,10 @@ from Gpt.tasks import Task
 
 @dataclass(frozen=True)
 class Optimiser:
-    """An update rule and the powers of ten between which its learning rate is tuned."""
+    """An update rule, made from the mask of trainable entries, and between which powers of ten its rate is tuned."""
 
     name: str
-    build: Callable[[list[dict]], torch.optim.Optimizer]
+    rule: Callable[[Tensor], updates.Update]
     low: float
     high: float
 
@@ -38,9 +39,9 @@ class Optimiser:
 
 
 OPTIMISERS = (
-    Optimiser("SGD, momentum 0.9", lambda groups: torch.optim.SGD(groups, momentum=0.9), -3.0, 1.0),
-    Optimiser("Adam", lambda groups: torch.optim.Adam(groups), -4.0, 0.0),
-    Optimiser("AdamW", lambda groups: torch.optim.AdamW(groups), -4.0, 0.0),
+    Optimiser("SGD, momentum 0.9", partial(updates.sgd, momentum=0.9), -3.0, 1.0),
+    Optimiser("Adam", updates.adam, -4.0, 0.0),
+    Optimiser("AdamW", partial(updates.adam, decoupled=True, weight_decay=0.01), -4.0, 0.0),
 )
 
 
@@ -59,7 +60,6 @@ class Tuned:
     weights: Float[Tensor, "n D"]
 
 
-@torch.enable_grad()
 def optimise(
     task: Task,
     starts: Float[Tensor, "n D"],
@@ -79,26 +79,21 @@ def optimise(
         raise TaskError(f"task {task.name!r} has no supervised recipe to optimise by; give it a `recipe`")
     device, batch_size = starts.device, task.recipe.batch_size
     x, y = task.data("train", device)
+    rates, count = len(learning_rates), len(starts)
+    rule = optimiser.rule(updates.trainable(task.template, task.structure).to(device))
+    gradient = population_gradient(task.template, task.structure, x[:1])
+    state = updates.initial_state(starts.repeat(rates, 1), square=True)
+    learning_rate = torch.tensor(learning_rates, device=device).repeat_interleave(count)[:, None]
     draw = rng(device, seed, "mini-batches")
-    stacks = [starts.clone().requires_grad_() for _ in learning_rates]
-    groups = [{"params": [stack], "lr": rate} for stack, rate in zip(stacks, learning_rates, strict=True)]
-    rule = optimiser.build(groups)
-    population = Population(task.template, task.structure, starts)
     kept = []
     for step in range(max(steps) + 1):
         if step in steps:
-            kept.append(torch.stack([stack.detach() for stack in stacks]))
+            kept.append(state["weights"].view(rates, count, -1).clone())
         if step == max(steps):
             break
-        batch = torch.randint(len(y), (len(starts), batch_size), generator=draw, device=device)
-        population.weights = torch.cat(stacks)
-        images = x[batch].repeat(len(stacks), *[1] * x.dim())
-        logits = population.each(images)
-        # A sum over networks: every network then gets the gradient of its own mean loss.
-        loss = F.cross_entropy(logits.flatten(0, 1), y[batch].repeat(len(stacks), 1).flatten(), reduction="sum")
-        rule.zero_grad()
-        (loss / batch_size).backward()
-        rule.step()
+        batch = torch.randint(len(y), (count, batch_size), generator=draw, device=device).repeat(rates, 1)
+        rule(state, gradient(state["weights"], x[batch], y[batch]), learning_rate)
+        state["iteration"] += 1
     return torch.stack(kept)
 
 

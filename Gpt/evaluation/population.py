@@ -4,27 +4,17 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from Gpt.errors import TaskError
 from Gpt.population import Population
 from Gpt.tasks import Task
 
-# Networks x examples of one forward pass: the largest built-in network (3-16-32 convolutions) then takes about 2 GB.
-CELLS = 2**15
+Members = Bool[Tensor, "P classes"] | Int[Tensor, " P"]
+"""Which task of its family each network is measured on: class masks, or numbers of an `AdapterFamily`'s members."""
+
 COMPANION = {"loss": "error", "error": "loss"}
-
-
-class ChunkedPopulation(Population):
-    """A population that sees `examples` inputs at a time; networks in eval mode treat every example by itself."""
-
-    def __init__(self, task: Task, weights: Float[Tensor, "P D"]):
-        super().__init__(task.template, task.structure, weights)
-        self.examples = max(1, CELLS // len(weights))
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return torch.cat([super(ChunkedPopulation, self).__call__(part) for part in inputs.split(self.examples)], dim=1)
 
 
 @torch.no_grad()
@@ -32,7 +22,7 @@ def test_population(
     task: Task,
     weights: Float[Tensor, "P D"],
     split: str,
-    masks: Bool[Tensor, "P classes"] | None = None,
+    masks: Members | None = None,
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
@@ -43,7 +33,7 @@ def test_population(
     number becomes the worst one, so that a broken network counts as broken.
 
     Args:
-        masks: of a family, the mask that each network is measured on; the first held-out one when None.
+        masks: of a family, the member (mask) that each network is measured on; the first held-out one when None.
 
     Returns:
         `{f"{split}_{metric}": [P]}` on the CPU. A batched classification task whose function returns a pair, (loss,
@@ -62,7 +52,7 @@ def test_population(
     for first in range(0, len(weights), batch):
         chunk = weights[first : first + batch]
         inputs = _with_mask(data, masks, slice(first, first + batch))
-        result = task.task_test_fn(*inputs, ChunkedPopulation(task, chunk.to(device)))
+        result = task.task_test_fn(*inputs, Population(task.template, task.structure, chunk.to(device)))
         for metric, value in _named(task, result).items():
             columns.setdefault(metric, []).append(_column(task, value, len(chunk)))
     return {
@@ -76,7 +66,7 @@ def correct_population(
     task: Task,
     weights: Float[Tensor, "P D"],
     split: str,
-    masks: Bool[Tensor, "P classes"] | None = None,
+    masks: Members | None = None,
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
@@ -96,12 +86,12 @@ def correct_population(
     parts = []
     for first in range(0, len(weights), batch):
         inputs = _with_mask(data, masks, slice(first, first + batch))
-        population = ChunkedPopulation(task, weights[first : first + batch].to(device))
+        population = Population(task.template, task.structure, weights[first : first + batch].to(device))
         parts.append(task.correct_fn(*inputs, population).cpu())
     return torch.cat(parts)
 
 
-def _with_mask(data: tuple, masks: Bool[Tensor, "P classes"] | None, networks: int | slice) -> tuple:
+def _with_mask(data: tuple, masks: Members | None, networks: int | slice) -> tuple:
     """The test function's inputs with the masks of these networks in the place of the family's first one."""
     return data if masks is None else (*data[:-1], masks[networks].to(data[-1].device))
 

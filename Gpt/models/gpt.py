@@ -94,8 +94,8 @@ class NeuronTransformer(nn.Module):
         """One code per token type, or one per token where units of two layers meet in a tensor."""
         if self.tokens.entangled:
             return self.position
-        units = torch.tensor([n for n, _ in self.tokens.shapes], device=self.position.device)
-        return self.position.repeat_interleave(units, dim=0, output_size=self.tokens.count)
+        kinds = zip(self.position, self.tokens.shapes, strict=True)
+        return torch.cat([code.expand(units, -1) for code, (units, _) in kinds])
 
 
 class Gpt(Generator):

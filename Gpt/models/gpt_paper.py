@@ -156,6 +156,11 @@ class GptPaper(nn.Module):
         codes = [self.scalar_embedder(scalar).to(x_t.dtype) for scalar in scalars]
         return start + self.decoder(torch.cat([x_t, start, *codes], dim=1))
 
+    def compile_blocks(self) -> None:
+        """Compile the transformer's blocks in place; they share one compilation."""
+        for block in self.decoder.blocks:
+            block.compile()
+
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         for module in self.modules():

@@ -4,6 +4,7 @@ One factor scales all weights; metrics reach the network as they are; hidden uni
 The diffusion is DDPM with x0-prediction and 1,000 ancestral steps. There is no null prompt, hence no guidance.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,7 @@ class PaperGpt(Generator):
             seed=int(torch.randint(2**31, (), device="cpu")),  # so that torch's random state names the initial weights
         )
         self.register_buffer("weight_scale", torch.tensor(config.weight_scale or 1.0))
+        self._compiled = False
 
     def load_published(self, path: Path) -> None:
         """Take the weights of a published checkpoint.
@@ -111,7 +113,8 @@ class PaperGpt(Generator):
         return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
     def compile_networks(self) -> None:
-        self.network.compile()
+        self._compiled = True
+        self.network.compile_blocks()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Squared error of the estimated weights, in normalised units."""
@@ -120,7 +123,7 @@ class PaperGpt(Generator):
         target = self.weight_scale * batch.target
         t = self.objective.draw_times(count, rng, device)
         noise = torch.randn(target.shape, generator=rng, device=device)
-        return self.objective.loss(self._network(batch.start, batch.prompt), target, t, noise).mean()
+        return self.objective.loss(self._network(self.network, batch.start, batch.prompt), target, t, noise).mean()
 
     @property
     def smooth_sampler(self) -> str:
@@ -143,9 +146,23 @@ class PaperGpt(Generator):
         assert start is not None
         if guidance != 1:
             raise ConfigError(f"published G.pt has no null prompt for guidance: it must be 1, not {guidance:g}")
-        return solve(self.objective.denoiser(self._network(start, prompt)), noise) / self.weight_scale
+        model = self._half_precision_copy() if self.mixed_precision else self.network
+        return solve(self.objective.denoiser(self._network(model, start, prompt)), noise) / self.weight_scale
 
-    def _network(self, start: Float[Tensor, "B D"], prompt: Prompt):
+    def _half_precision_copy(self) -> GptPaper:
+        """The network with its linear layers in bfloat16: the numbers of autocast, to the bit.
+
+        Autocast would read all weights and write them in bfloat16 once more in every compiled step, of a thousand.
+        """
+        model = copy.deepcopy(self.network)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.bfloat16()
+        if self._compiled:
+            model.compile_blocks()
+        return model
+
+    def _network(self, model: GptPaper, start: Float[Tensor, "B D"], prompt: Prompt):
         """The denoiser `(x_t, t) -> x0 estimate` of one batch, in normalised units."""
         if set(prompt) != {PROMPT} or prompt[PROMPT].shape != (len(start), 2):
             found = {name: list(value.shape) for name, value in prompt.items()}
@@ -154,6 +171,6 @@ class PaperGpt(Generator):
         before, wanted = prompt[PROMPT].unbind(1)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.network(x_t, t, begin, before, wanted)
+            return model(x_t, t, begin, before, wanted)
 
         return network

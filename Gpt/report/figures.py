@@ -107,6 +107,29 @@ def table(results: Results) -> Figure:
 
 
 @styled
+def gap_closed(results: Results) -> Figure:
+    """How far each way goes from the base model (0 %) to adapters trained for the task (100 %), a panel a split."""
+    suffix = "_gap_closed"
+    splits = list(dict.fromkeys(name for row in results.table for name in row.metrics if name.endswith(suffix)))
+    _present(splits, "gaps between a base model and training")
+    rows = [row for row in results.table if splits[0] in row.metrics]
+    rows.sort(key=lambda row: row.metrics[splits[0]].mean)
+    figure = new_figure(4.0 * len(splits) + 2.5, 0.3 * len(rows) + 1.5)
+    panels = np.atleast_1d(figure.subplots(1, len(splits), sharey=True))
+    for axis, split in zip(panels, splits, strict=True):
+        for place, row in enumerate(rows):
+            if split in row.metrics:
+                found, colour = row.metrics[split], COLOURS[row.kind]
+                axis.plot([found.low, found.high], [place, place], color=colour, lw=2)
+                axis.plot([found.mean], [place], "o", color=colour, ms=6)
+        for end in (0, 100):
+            axis.axvline(end, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
+        axis.set_xlabel(f"{split.removesuffix(suffix)}: gap closed (%)")
+    panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
+    return figure
+
+
+@styled
 def recursive(results: Results) -> Figure:
     """The metric after 0, 1, 2, … updates, from every kind of start."""
     traces = _present(results.recursive, "recursive traces")
@@ -145,6 +168,34 @@ def novelty(results: Results) -> Figure:
 
 
 @styled
+def wrong_predictions(results: Results) -> Figure:
+    """Overlap of wrong predictions against the distance to the nearest training network, one point per set.
+
+    Noise of growing scale draws a line: what lies below it differs from its nearest training network by more than the
+    distance alone would make it.
+    """
+    sets = [(n, n.error_overlap) for n in results.novelty if n.error_overlap is not None and n.distance > 0]
+    sets = _present(sets, "overlaps of wrong predictions")
+    figure = new_figure(9.0, 5.8)
+    axis = figure.subplots()
+    ladder = sorted((n.distance_ratio, overlap) for n, overlap in sets if n.name.startswith("noise"))
+    axis.plot([x for x, _ in ladder], [y for _, y in ladder], color=MUTED, lw=1.2, zorder=1)
+    counts: dict[str, int] = {}
+    for row, overlap in sets:
+        kind = novelty_kind(results, row.name)
+        marker = MARKERS[counts.setdefault(kind, 0) % len(MARKERS)]
+        counts[kind] += 1
+        axis.plot([row.distance_ratio], [overlap], marker, color=COLOURS[kind], ms=9, label=row.name, ls="none")
+    axis.set_xscale("log")
+    axis.axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
+    axis.set_xlabel("distance to the nearest training network (1 = between training networks)")
+    axis.set_ylabel("overlap of wrongly classified examples\nwith the most similar training network (IoU)")
+    axis.margins(0.08)
+    _legend_below(figure)
+    return figure
+
+
+@styled
 def training(metrics: Sequence[Metrics]) -> Figure:
     """Training curves from the lines of metrics.jsonl: the objective in one panel, each validation score in its own."""
     panels = _present(_training_panels(metrics), "training curves")
@@ -171,6 +222,8 @@ def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str
         "optimisers": optimisers(results) if results.optimisers else None,
         "recursive": recursive(results) if results.recursive else None,
         "novelty": novelty(results) if results.novelty else None,
+        "gap_closed": gap_closed(results) if any("s2_gap_closed" in row.metrics for row in results.table) else None,
+        "wrong_predictions": wrong_predictions(results) if any(n.error_overlap for n in results.novelty) else None,
         "training": training(metrics) if _training_panels(metrics) else None,
     }
     return {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None}

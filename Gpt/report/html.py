@@ -51,6 +51,11 @@ CAPTIONS = {
         "training networks are from each other; at 0 they are copies. New and good means right of the dashed line, at "
         "the good end of the metric."
     ),
+    "wrong_predictions": (
+        "How alike networks err, against how far apart their weights are; one point per set of networks. Noise of "
+        "growing scale draws the line. What lies below it errs otherwise than its distance would explain; copies lie "
+        "at the upper left."
+    ),
     "training": "The generator's training. Pale lines are single values, bold lines their running average.",
 }
 

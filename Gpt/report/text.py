@@ -4,11 +4,13 @@ import math
 
 from Gpt.evaluation.results import Interval, PromptCurve, Results, Row
 
+PERCENTAGES = ("error", "exact", "format", "content", "closed")
+
 
 def metric_label(metric: str) -> str:
     """`test_error` -> `test error (%)`; a metric's split and name as words, with its unit."""
     words = metric.replace("_", " ")
-    return f"{words} (%)" if words.split()[-1] == "error" else words
+    return f"{words} (%)" if words.split()[-1] in PERCENTAGES else words
 
 
 def format_number(value: float, digits: int = 4) -> str:

@@ -79,6 +79,11 @@ def test_gradients_pass_through_both_ways(structure):
     assert torch.autograd.gradcheck(lambda w: tokens.decode(tokens.encode(w).sin()), (weights,))
 
 
+def test_nothing_kept_is_as_long_as_the_vector():
+    tokens = Tokenization((start, start + 1000) for start in range(0, 100_000, 1000))
+    assert sum(buffer.numel() for buffer in tokens.buffers()) == len(tokens) == 100
+
+
 def test_a_tokenization_adds_nothing_to_a_checkpoint(structure):
     assert not Tokenization.of(structure, "chunk", 8).state_dict()
 

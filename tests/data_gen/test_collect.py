@@ -17,8 +17,9 @@ from Gpt.errors import ConfigError, TaskError, ZooError
 from Gpt.evaluation.population import test_population as measure
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP, CartPoleActor
-from Gpt.recipes import PpoRecipe, SupervisedRecipe
-from Gpt.tasks import TASK_METADATA, Task, classification_loss, mask_error
+from Gpt.recipes import PpoRecipe, SingleRecipe, SupervisedRecipe
+from Gpt.scoring import classification_loss, mask_error
+from Gpt.tasks import TASK_METADATA, Task
 
 
 def examples(seed):
@@ -53,6 +54,23 @@ def task():
 def gather(task, folder, runs=7, **options):
     collect(task, folder, **dict(runs=runs, snapshots=4, shard_runs=3, progress=False) | options)
     return Zoo.open(folder, task.structure)
+
+
+@pytest.mark.parametrize(("iterations", "snapshots", "expected"), [(9, 3, [7, 8, 9]), (9, 1, [9]), (3, 3, [1, 2, 3])])
+def test_a_tail_is_the_last_iterations_in_a_row(iterations, snapshots, expected):
+    assert snapshot_schedule(iterations, snapshots, "tail") == expected
+
+
+def test_a_tail_is_no_longer_than_the_run():
+    with pytest.raises(ConfigError, match="a tail of 1 to 9"):
+        snapshot_schedule(9, 10, "tail")
+
+
+def test_a_zoo_of_single_runs_keeps_the_tail_after_the_epochs(tmp_path):
+    recipe = SingleRecipe(epochs=2, batch_size=8, augmentation="none", tail_iterations=5)
+    zoo = gather(make_task(recipe=recipe), tmp_path, runs=2, snapshots=4, spacing="tail")
+    assert zoo.iterations == [14, 15, 16, 17]  # 48 examples: 6 iterations an epoch
+    assert zoo.metrics.keys() == {"validation_loss", "validation_error", "test_loss", "test_error"}
 
 
 @pytest.mark.parametrize("spacing", ["log", "uniform"])

@@ -5,18 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import nn
 
 from data_gen.ppo import (
     ACTOR_SIZE,
     PpoPopulation,
     Rollout,
+    draw,
     evaluate_actors,
     generalized_advantages,
     initial_parameters,
     network,
     train_ppo_population,
 )
+from data_gen.randomness import run_keys
 from Gpt.environments import EPISODE_STEPS, CartPole, Evaluation, evaluate_policy
 from Gpt.errors import ConfigError
 from Gpt.networks import CartPoleActor
@@ -187,6 +190,24 @@ def test_actions_are_gaussian_about_the_mean_with_std_exp_log_std():
         constant = 0.5 * torch.log(torch.tensor(2 * torch.pi))
         expected = policy.log_prob(rollout.action[run]) + constant
         torch.testing.assert_close(rollout.log_probability[run], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_has_its_distribution_and_is_a_function_of_run_and_iteration():
+    keys = run_keys(0, "ppo", [3, 4])
+    iteration = torch.tensor(7)
+    normal, uniform = draw(keys, iteration, 50_001, 50_000)
+    assert normal.shape == (2, 50_001) and uniform.shape == (2, 50_000)
+    for row in range(2):
+        assert kstest(normal[row].numpy(), "norm").pvalue > 0.01
+        assert kstest(uniform[row].numpy(), "uniform").pvalue > 0.01
+        halves = normal[row, :50_000].view(2, -1)  # made of the same pairs of uniform numbers
+        assert abs(torch.corrcoef(halves)[0, 1]) < 0.02 and abs(torch.corrcoef(halves.square())[0, 1]) < 0.02
+    assert 0 <= uniform.min() and uniform.max() < 1
+    alone, _ = draw(keys[1:], iteration, 50_001, 50_000)
+    assert torch.equal(alone[0], normal[1])
+    later, _ = draw(keys, iteration + 1, 50_001, 50_000)
+    for other in (later[0], normal[1]):
+        assert abs(torch.corrcoef(torch.stack([normal[0], other]))[0, 1]) < 0.02
 
 
 def test_every_epoch_visits_every_environment_once_in_an_order_of_its_own():

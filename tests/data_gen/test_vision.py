@@ -13,7 +13,8 @@ from Gpt.evaluation.population import test_population as measure
 from Gpt.masks import MaskSplit, label_map
 from Gpt.networks import MLP, ConvNet
 from Gpt.recipes import SupervisedRecipe
-from Gpt.tasks import Task, classification_loss, mask_error
+from Gpt.scoring import classification_loss, mask_error
+from Gpt.tasks import Task
 
 RECIPE = SupervisedRecipe(epochs=3, batch_size=8, learning_rate=0.05)
 
@@ -181,7 +182,7 @@ def test_measuring_in_pieces_changes_nothing(monkeypatch):
         7, task.structure.size, generator=torch.Generator().manual_seed(0)
     )
     whole = vision.measure(task, weights)
-    monkeypatch.setattr(vision, "_piece", lambda *_: (3, 13))
+    monkeypatch.setattr(vision.Population, "piece", lambda *_: (3, 13))
     for name, values in vision.measure(task, weights).items():
         torch.testing.assert_close(values, whole[name])
 

@@ -133,6 +133,15 @@ def test_prototypes_look_back_only():
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("settings", "rows"), [({}, 1), ({"identities": 3}, 5)])
+def test_prototypes_that_all_networks_share_are_computed_once(settings, rows):
+    model, seen = build(**settings), []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    assert len(model._prototypes({"identity": torch.arange(5) % 3}, 5)) == 5
+    assert seen == [rows]
+
+
+@pytest.mark.usefixtures("small")
 def test_the_loss_is_the_mean_over_all_weights_and_no_padding():
     model = build().eval()
     batch = zoo(5, seed=1)

@@ -11,8 +11,9 @@ from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP
+from Gpt.scoring import classification_loss
 from Gpt.seeds import rng
-from Gpt.tasks import Task, check_entry, classification_loss
+from Gpt.tasks import Task, check_entry
 
 RUNS, SNAPSHOTS = 12, 5
 
@@ -136,3 +137,17 @@ def test_the_prompt_of_a_family_is_the_mask_of_the_run(task, zoo):
 def test_a_single_task_has_no_masks_to_prompt_with(zoo, task):
     with pytest.raises(ConfigError, match="class_mask: task 'numbered' has no masks.*'family'"):
         sampler(zoo, task, conditions=("class_mask",))
+
+
+def test_every_training_run_has_one_identity(zoo, task):
+    options = dict(with_start=False, permute=False, identities=RUNS - 5)
+    batch = BatchSampler(zoo, task, "train", (), BatchConfig(), **options)(300, rng("cpu", 0))
+    run, _ = decoded(batch.target)
+    assert torch.equal(batch.prompt["identity"], run - 5)
+    borrowed = BatchSampler(zoo, task, "test", (), BatchConfig(), **options)(50, rng("cpu", 0)).prompt["identity"]
+    assert set(borrowed.tolist()) == {0, 1, 2}
+
+
+def test_identities_must_be_as_many_as_training_runs(zoo, task):
+    with pytest.raises(ConfigError, match="identities=3 does not fit 7 training runs: use 7"):
+        BatchSampler(zoo, task, "train", (), BatchConfig(), with_start=False, permute=False, identities=3)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ from Gpt.evaluation.population import test_population as measure
 from Gpt.evaluation.prompting import initial_networks
 from Gpt.networks import MLP
 from Gpt.seeds import rng
+
+TORCH = {
+    "SGD, momentum 0.9": partial(torch.optim.SGD, momentum=0.9),
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+}
 
 
 @pytest.mark.parametrize("optimiser", OPTIMISERS, ids=lambda o: o.name)
@@ -22,7 +29,7 @@ def test_all_at_once_equals_torch_optim_on_each_network(task, zoo, optimiser):
         for j, start in enumerate(starts):
             net = MLP(6, 4, 3)
             net.load_state_dict(task.structure.state_dict(start))
-            rule = optimiser.build([{"params": list(net.parameters()), "lr": rate}])
+            rule = TORCH[optimiser.name](net.parameters(), lr=rate)
             draw = rng("cpu", 7, "mini-batches")
             for step in range(5):
                 batch = torch.randint(len(y), (3, 16), generator=draw)[j]

@@ -8,7 +8,8 @@ from Gpt.errors import TaskError
 from Gpt.evaluation import population
 from Gpt.networks import MLP, ConvNet
 from Gpt.population import stack_initial
-from Gpt.tasks import check_entry, classification_error, classification_loss
+from Gpt.scoring import classification_error, classification_loss
+from Gpt.tasks import check_entry
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def weights(task):
 
 @pytest.mark.parametrize("batch", [1, 3, 256])
 def test_batched_equals_one_by_one_in_any_chunks(task, weights, batch, monkeypatch):
-    monkeypatch.setattr(population, "CELLS", 64)  # a few examples at a time
+    monkeypatch.setattr("Gpt.population.CPU_NUMBERS", 1000)  # a few networks and examples at a time
     one_by_one = population.test_population(replace(task, batched=False), weights, "validation")
     batched = population.test_population(task, weights, "validation", batch=batch)
     torch.testing.assert_close(batched["validation_loss"], one_by_one["validation_loss"])
@@ -79,7 +80,7 @@ def test_convolutions_and_examples_in_chunks_match_the_template(monkeypatch):
     }
     task = check_entry("convolutions", entry)
     weights = stack_initial(ConvNet, task.structure, [0, 1, 2])
-    monkeypatch.setattr(population, "CELLS", 12)
+    monkeypatch.setattr("Gpt.population.CPU_NUMBERS", 10_000)
     batched = population.test_population(task, weights, "test")["test_loss"]
     torch.testing.assert_close(
         batched, population.test_population(replace(task, batched=False), weights, "test")["test_loss"]

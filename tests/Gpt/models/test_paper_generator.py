@@ -186,6 +186,17 @@ def test_sampling_follows_the_seed_the_prompt_and_the_number_of_steps():
     assert not torch.allclose(networks, model.sample(other, given.start))
 
 
+def test_mixed_precision_samples_are_those_of_autocast_to_the_bit(monkeypatch):
+    """Sampling casts the weights once; autocast would cast them in every step, to the same numbers."""
+    model, given = trained().eval(), batch()
+    full = model.sample(given.prompt, given.start)
+    model.mixed_precision = True
+    half = model.sample(given.prompt, given.start)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    monkeypatch.setattr(model, "_half_precision_copy", lambda: model.network)
+    assert torch.equal(half, model.sample(given.prompt, given.start)) and not torch.equal(half, full)
+
+
 def test_networks_are_a_smooth_function_of_given_noise():
     """A walk through noise is only a walk when nothing else is random: rows do not depend on seed, place or company."""
     model, given = trained().eval(), batch(1)

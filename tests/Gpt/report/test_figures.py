@@ -11,7 +11,7 @@ from PIL import Image
 from Gpt.evaluation.results import Interval
 from Gpt.report import figures, style
 
-OF_RESULTS = ["prompt_alignment", "optimisers", "table", "recursive", "novelty"]
+OF_RESULTS = ["prompt_alignment", "optimisers", "table", "recursive", "novelty", "wrong_predictions"]
 
 
 def texts(figure):
@@ -119,3 +119,10 @@ def test_logarithmic_axes_only_for_positive_losses_that_span_a_decade():
         style.metric_scale(axis, "y", values, minimize)
         scales.append(axis.get_yscale())
     assert scales == ["log", "linear", "linear", "linear"]
+
+
+def test_copies_have_no_place_on_the_logarithmic_axis_of_distances(synthetic_results):
+    axis = figures.wrong_predictions(synthetic_results).axes[0]
+    labels = axis.get_legend_handles_labels()[1]
+    assert "retrieval" not in labels and {"G.pt", "soup", "noise 0.2"} <= set(labels)
+    assert axis.get_xscale() == "log"

@@ -1,0 +1,217 @@
+"""The synthetic task suite: a rule that turns four words or numbers into a result, times a format for the result.
+
+Every task is stated in sentences (twelve wordings of each rule, eight of each format, in wordings.tsv) that only the
+generator of adapters reads. The language model sees the bare input, "Input: …", and has nothing but its adapter to tell
+it what to do. Inputs of the training, validation and test part are disjoint, whatever the seeds.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from typing import Protocol, runtime_checkable
+
+from Gpt.adapters.words import WORDS
+from Gpt.errors import ConfigError
+from Gpt.seeds import derive_seed
+
+ITEMS = 4
+HELD_OUT_WORDINGS = 3  # of each rule: the last ones of the file, for the validation and test part
+SPLITS = ("train", "validation", "test")
+
+Example = tuple[str, str]
+"""What the language model reads, and what it should write."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One task of a suite."""
+
+    rule: str
+    format: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.rule}/{self.format}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A reply against the expected one: equal; in the wanted format; with the right content in any known format."""
+
+    exact: bool
+    format_valid: bool
+    content_correct: bool
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """Tasks with unlabelled prompts that state them and labelled examples that train and test adapters for them."""
+
+    @property
+    def members(self) -> tuple[Member, ...]: ...
+
+    def examples(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]: ...
+
+    def instructed(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]: ...
+
+    def condition_prompts(self, member: Member, split: str, count: int, seed: int = 0) -> list[str]: ...
+
+    def judge(self, member: Member, reply: str, expected: str) -> Judgement: ...
+
+
+# --- rules and formats ------------------------------------------------------------------------------------------------
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items)
+
+
+WORD_RULES: dict[str, Callable[[list[str]], str]] = {
+    "first": lambda words: words[0],
+    "last": lambda words: words[-1],
+    "second": lambda words: words[1],
+    "third": lambda words: words[2],
+    "longest": lambda words: max(words, key=len),
+    "shortest": lambda words: min(words, key=len),
+    "alphabetical_first": min,
+    "alphabetical_last": max,
+    "reverse": lambda words: _listed(words[::-1]),
+    "sort": lambda words: _listed(sorted(words)),
+    "drop_first": lambda words: _listed(words[1:]),
+    "drop_last": lambda words: _listed(words[:-1]),
+    "initials": lambda words: _listed([word[0] for word in words]),
+    "final_letters": lambda words: _listed([word[-1] for word in words]),
+}
+NUMBER_RULES: dict[str, Callable[[list[str]], str]] = {
+    "maximum": lambda numbers: max(numbers, key=int),
+    "minimum": lambda numbers: min(numbers, key=int),
+    "ascending": lambda numbers: _listed(sorted(numbers, key=int)),
+    "descending": lambda numbers: _listed(sorted(numbers, key=int, reverse=True)),
+    "parity": lambda numbers: "odd" if int(numbers[0]) % 2 else "even",
+    "comparison": lambda numbers: "yes" if int(numbers[0]) > int(numbers[-1]) else "no",
+}
+RULES = WORD_RULES | NUMBER_RULES
+FORMATS = {
+    "plain": "{}",
+    "square": "[{}]",
+    "angle": "<{}>",
+    "round": "({}).",
+    "labelled": "Answer: {}",
+    "twice": "{} {}",
+    "heading": "## {}",
+    "json": '{{"a": "{}"}}',
+}
+RENDERERS: dict[str, Callable[[list[str]], str]] = {
+    "commas": _listed,
+    "numbered": lambda items: " ".join(f"{i}. {item}" for i, item in enumerate(items, 1)),
+}
+
+
+def formatted(content: str, format: str) -> str:
+    return FORMATS[format].format(*[content] * FORMATS[format].count("{}"))
+
+
+def content_of(reply: str, format: str) -> str | None:
+    """What a reply in this format says, a word or a list of words; None when it has another format."""
+    found = _pattern(format).fullmatch(reply)
+    return found["content"] if found else None
+
+
+@lru_cache
+def _pattern(format: str) -> re.Pattern:
+    mark = "@"  # in no format
+    text = re.escape(formatted(mark, format))
+    return re.compile(text.replace(mark, r"(?P<content>\w+(?:, \w+)*)", 1).replace(mark, "(?P=content)"))
+
+
+@lru_cache
+def wordings() -> dict[tuple[str, str], tuple[str, ...]]:
+    """`{("rule" or "format", name): sentences}`."""
+    table: dict[tuple[str, str], tuple[str, ...]] = {}
+    for line in files("Gpt.adapters").joinpath("wordings.tsv").read_text().splitlines()[1:]:
+        kind, name, sentence = line.split("\t")
+        table[kind, name] = (*table.get((kind, name), ()), sentence)
+    return table
+
+
+# --- the suite --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuleSuite:
+    """Tasks of all these rules times all these formats."""
+
+    rules: tuple[str, ...] = tuple(RULES)
+    formats: tuple[str, ...] = tuple(FORMATS)
+    renderers: tuple[str, ...] = tuple(RENDERERS)
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(Member(rule, format) for rule in self.rules for format in self.formats)
+
+    def examples(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]:
+        """Bare inputs and answers; an answer begins with a space and ends with a newline."""
+        draw = _stream(seed, "examples", member, split)
+        return [self._example(member, split, draw) for _ in range(count)]
+
+    def instructed(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]:
+        """The same examples with the task stated before the input."""
+        draw = _stream(seed, "instructions", member, split)
+        return [
+            (f"{self._statement(member, split, draw)}\n{prompt}", answer)
+            for prompt, answer in self.examples(member, split, count, seed)
+        ]
+
+    def condition_prompts(self, member: Member, split: str, count: int, seed: int = 0) -> list[str]:
+        """Unlabelled prompts: a wording of the rule, one of the format, and an input."""
+        draw = _stream(seed, "conditions", member, split)
+        return [
+            f"{self._statement(member, split, draw)}\n{self._example(member, split, draw)[0]}" for _ in range(count)
+        ]
+
+    def judge(self, member: Member, reply: str, expected: str) -> Judgement:
+        """Replies count up to their first newline, without the white space around them."""
+        said, wanted = (text.strip().split("\n")[0].strip() for text in (reply, expected))
+        content = content_of(wanted, member.format)
+        contents = [content_of(said, format) for format in FORMATS]
+        return Judgement(said == wanted, content_of(said, member.format) is not None, content in contents)
+
+    def _statement(self, member: Member, split: str, draw: random.Random) -> str:
+        rule, format = wordings()["rule", member.rule], wordings()["format", member.format]
+        known = rule[:-HELD_OUT_WORDINGS] if split == "train" else rule[-HELD_OUT_WORDINGS:]
+        return f"{draw.choice(known)} {draw.choice(format)}"
+
+    def _example(self, member: Member, split: str, draw: random.Random) -> Example:
+        items = _items(member.rule, split, draw)
+        shown = RENDERERS[draw.choice(self.renderers)](items)
+        return f"Input: {shown}\nOutput:", f" {formatted(RULES[member.rule](items), member.format)}\n"
+
+
+MINI = RuleSuite(("first", "third", "last"), ("plain", "square"), ("commas",))
+SUITES = {"full": RuleSuite(), "mini": MINI}
+
+
+def _stream(seed: int, what: str, member: Member, split: str) -> random.Random:
+    if split not in SPLITS:
+        raise ConfigError(f"there is no part {split!r} of a task's examples, expected one of {', '.join(SPLITS)}")
+    return random.Random(derive_seed(seed, what, member.name, split))
+
+
+def _items(rule: str, split: str, draw: random.Random) -> list[str]:
+    """Four different words or numbers that belong to the split; the longest and the shortest word are the only ones."""
+    population = WORDS if rule in WORD_RULES else [str(number) for number in range(1, 100)]
+    while True:
+        items = draw.sample(population, ITEMS)
+        lengths = sorted(len(item) for item in items)
+        unique = lengths[0] < lengths[1] and lengths[-2] < lengths[-1]
+        if split_of_input(items) == split and (unique or rule not in ("longest", "shortest")):
+            return items
+
+
+def split_of_input(items: list[str]) -> str:
+    """Which part an input belongs to: eight tenths of all are for training, one for validation, one for testing."""
+    share = derive_seed(0, "input", *items) % 10
+    return "train" if share < 8 else SPLITS[share - 7]

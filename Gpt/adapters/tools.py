@@ -1,0 +1,128 @@
+"""Commands around adapters.
+
+    python -m Gpt.adapters.tools prepare --source arc.jsonl --output-dir prompts --samples-per-prompt 4 --test-ratio 0.1
+    python -m Gpt.adapters.tools analyze --adapters folder       statistics, and whether the adapters share a gauge
+    python -m Gpt.adapters.tools test --adapter folder           exact round trip of one adapter
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from Gpt.adapters.peft_io import adapter_folders, gauge_report, load_adapter, read_adapter, save_adapter, spec_of
+from Gpt.adapters.spec import adapter_structure
+from Gpt.adapters.user import FILES, prepare_prompts, write_prompts
+from Gpt.errors import DataError, StructureError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        for line in options.command(options):
+            print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m Gpt.adapters.tools", description="Commands around adapters.")
+    commands = parser.add_subparsers(required=True)
+    prepared = commands.add_parser("prepare", help="sort a JSONL file of samples into prompt sets that share no prompt")
+    prepared.add_argument("--source", nargs="+", type=Path, required=True, help="files with one JSON object a line")
+    prepared.add_argument("--output-dir", type=Path, required=True)
+    prepared.add_argument("--samples-per-prompt", type=int, default=4)
+    prepared.add_argument("--test-ratio", type=float, default=0.1)
+    prepared.add_argument("--prompt-key", default="prompt")
+    prepared.add_argument("--answer-key", default="answer", help="may be missing in all samples")
+    prepared.add_argument("--task-key", default="task", help="where a sample has none, its file is its task")
+    prepared.set_defaults(command=prepare)
+    analyzed = commands.add_parser("analyze", help="statistics of all adapters below a folder")
+    analyzed.add_argument("--adapters", type=Path, required=True)
+    analyzed.set_defaults(command=analyze)
+    tested = commands.add_parser("test", help="exact round trip of one adapter")
+    tested.add_argument("--adapter", type=Path, required=True)
+    tested.add_argument("--base", help="name of the base model; by default the one that the adapter names")
+    tested.set_defaults(command=round_trip)
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> list[str]:
+    """Write the folder that `AdapterFamily(suite=folder)` reads."""
+    samples = [sample for file in options.source for sample in _samples(file, options)]
+    parts = prepare_prompts(samples, options.samples_per_prompt, options.test_ratio)
+    write_prompts(options.output_dir, parts)
+    tasks = {found.task for sets in parts.values() for found in sets}
+    counts = ", ".join(f"{len(sets)} prompt sets in {FILES[part]}" for part, sets in parts.items())
+    return [f"{options.output_dir}: {len(tasks)} tasks, {counts}"]
+
+
+def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
+    keys = {"task": options.task_key, "prompt": options.prompt_key, "answer": options.answer_key}
+    samples = []
+    try:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            fields = json.loads(line)
+            sample = {"task": file.stem} | {name: str(fields[key]) for name, key in keys.items() if key in fields}
+            if "prompt" not in sample:
+                raise DataError(f"{file}, line {number} has no {options.prompt_key!r}; name the key with --prompt-key")
+            samples.append(sample)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{file} cannot be read as one JSON object a line ({error})") from error
+    return samples
+
+
+def analyze(options: argparse.Namespace) -> list[str]:
+    """Size, form and norms of every adapter, their spread, and the gauge."""
+    folders = adapter_folders(options.adapters)
+    adapters = [read_adapter(folder)[0] for folder in folders]
+    lines = []
+    for folder, tensors in zip(folders, adapters, strict=True):
+        spec = spec_of(folder)
+        norms = ", ".join(f"|{factor}| {_norm(tensors, factor):.4g}" for factor in ("lora_A", "lora_B"))
+        kind = "DoRA" if spec.dora else "LoRA"
+        lines.append(
+            f"{folder.relative_to(options.adapters)}: {sum(t.numel() for t in tensors.values()):,} numbers, {kind} of "
+            f"rank {spec.rank}, alpha {spec.alpha:g}, {norms}"
+        )
+    if len(adapters) > 1:
+        report = gauge_report(adapters)
+        lines.append(
+            f"{report.adapters} adapters; mean cosines: A {report.cosine_a:.3f}, B {report.cosine_b:.3f}, "
+            f"B A {report.cosine_change:.3f}"
+        )
+        lines.append(f"warning: {report.warning}" if report.warning else "the adapters share a gauge")
+    return lines
+
+
+def _norm(tensors: dict[str, torch.Tensor], factor: str) -> float:
+    return float(sum(value.float().square().sum() for name, value in tensors.items() if factor in name)) ** 0.5
+
+
+def round_trip(options: argparse.Namespace) -> list[str]:
+    """Read an adapter into a flat row, write it, and compare every number of both files.
+
+    Raises:
+        StructureError: a number was lost or changed; names the tensor.
+    """
+    spec, (before, config) = spec_of(options.adapter), read_adapter(options.adapter)
+    base = options.base or config["base_model_name_or_path"]
+    weights = load_adapter(options.adapter, spec, base)
+    with tempfile.TemporaryDirectory() as folder:
+        after, _ = read_adapter(save_adapter(folder, weights, spec, base))
+    for name, value in before.items():
+        if name not in after or not torch.equal(after[name].float(), value.float()):
+            raise StructureError(f"{options.adapter}: {name} does not survive the round trip")
+    size = sum(value.numel() for value in before.values())
+    tensors = len(adapter_structure(base, spec).tensors)
+    return [f"{options.adapter}: {tensors} tensors, {size:,} numbers, {len(weights):,} of them in the flat row: exact"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

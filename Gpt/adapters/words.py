@@ -1,0 +1,5 @@
+"""The four hundred everyday English words that the synthetic tasks are about."""
+
+from importlib.resources import files
+
+WORDS = tuple(files("Gpt.adapters").joinpath("words.tsv").read_text().split())

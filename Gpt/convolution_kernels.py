@@ -1,0 +1,275 @@
+"""Triton kernels of `Gpt.convolution`: implicit matrix products, one network per program.
+
+A convolution of a small network is a product of a tall, narrow matrix (one row per output pixel and example, one column
+per tap and channel) with a tiny one. No such matrix is ever stored: a program loops over the taps, gathers its rows
+for one tap from the images, which stay in cache, and multiplies them on tensor cores into float32 sums. Memory is read
+and written once per image and feature map. Strides are arguments, so any memory layout is right; channels last is the
+fast one.
+"""
+
+from collections.abc import Sequence
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PIXELS = 128  # rows of one tile
+WARPS = 4  # of one program
+SPLITS = 8  # programs that share one network's sum over pixels, for the gradient by kernels
+
+
+def convolve(images: Tensor, kernels: Tensor, out: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
+    """`out` [P, N, O, Y, Z] from images [P or 1, N, C, H, W] and kernels [P, O, C, h, w]."""
+    taps = kernels.permute(0, 3, 4, 2, 1).contiguous()
+    _launch(images, taps, out, stride, padding, transposed=False)
+
+
+def convolve_transposed(
+    gradient: Tensor, kernels: Tensor, out: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> None:
+    """`out` [P, N, C, H, W], gradient by images, from the gradient [P, N, O, Y, Z] by feature maps."""
+    taps = kernels.permute(0, 3, 4, 1, 2).contiguous()
+    _launch(gradient, taps, out, stride, padding, transposed=True)
+
+
+def correlate(images: Tensor, gradient: Tensor, out: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
+    """`out` [P, O, C, h, w], gradient by kernels, from images [P or 1, N, C, H, W] and gradient [P, N, O, Y, Z]."""
+    networks, maps, channels, *taps = out.shape
+    partial = out.new_empty(SPLITS, networks, *taps, channels, maps, dtype=torch.float32)
+    block_c, block_o = _block(channels), _block(maps)
+    row = 3 if taps[1] == 3 else 1
+    blocks = triton.cdiv(channels, block_c) * triton.cdiv(maps, block_o)
+    pixels = gradient.shape[1] * gradient.shape[3] * gradient.shape[4]
+    grid = (networks * SPLITS * (taps[0] * taps[1] // row) * blocks,)
+    _correlate[grid](
+        images,
+        gradient,
+        partial,
+        networks,
+        pixels,
+        *_strides(images, shared=len(images) == 1),
+        *_strides(gradient),
+        *images.shape[3:],
+        *gradient.shape[3:],
+        channels,
+        maps,
+        *taps,
+        *stride,
+        *padding,
+        ROW=row,
+        PRECISION=_precision(images),
+        STEPS=triton.cdiv(pixels, SPLITS * PIXELS),
+        SPLITS=SPLITS,
+        PIXELS=PIXELS,
+        BLOCK_C=block_c,
+        BLOCK_O=block_o,
+        num_warps=WARPS,
+    )
+    out.copy_(partial.sum(0).permute(0, 4, 3, 1, 2))
+
+
+def _launch(
+    source: Tensor, taps: Tensor, out: Tensor, stride: Sequence[int], padding: Sequence[int], *, transposed: bool
+) -> None:
+    networks, height, width, channels, maps = taps.shape
+    pixels = out.shape[1] * out.shape[3] * out.shape[4]
+    block_c, block_o = _block(channels), _block(maps)
+    grid = (networks * triton.cdiv(pixels, PIXELS) * triton.cdiv(maps, block_o),)
+    _convolve[grid](
+        source,
+        taps,
+        out,
+        pixels,
+        *_strides(source, shared=len(source) == 1),
+        *_strides(out),
+        *source.shape[3:],
+        *out.shape[3:],
+        channels,
+        maps,
+        height,
+        width,
+        *stride,
+        *padding,
+        TRANSPOSED=transposed,
+        PRECISION=_precision(source),
+        PIXELS=PIXELS,
+        BLOCK_C=block_c,
+        BLOCK_O=block_o,
+        num_warps=WARPS,
+    )
+
+
+def _strides(maps: Tensor, shared: bool = False) -> tuple[int, ...]:
+    return (0 if shared else maps.stride(0), *maps.stride()[1:])
+
+
+def _block(channels: int) -> int:
+    """Tensor cores multiply sixteen channels at least."""
+    return min(max(triton.next_power_of_2(channels), 16), 64)
+
+
+def _precision(tensor: Tensor) -> str:
+    """Three products of TensorFloat-32 are one of float32 to rounding."""
+    return "tf32x3" if tensor.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+@no_type_check  # the tests' type checker would wrap the function, and Triton compiles its source
+def _pixel(m, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Example, row and column of pixel m."""
+    return m // (HEIGHT * WIDTH), m // WIDTH % HEIGHT, m % WIDTH
+
+
+@triton.jit
+@no_type_check
+def _convolve(
+    source,
+    taps,
+    out,
+    pixels,
+    source_p,
+    source_n,
+    source_c,
+    source_y,
+    source_x,
+    out_p,
+    out_n,
+    out_c,
+    out_y,
+    out_x,
+    SOURCE_HEIGHT: tl.constexpr,
+    SOURCE_WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    MAPS: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PADDING_Y: tl.constexpr,
+    PADDING_X: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    blocks, tiles = (MAPS + BLOCK_O - 1) // BLOCK_O, (pixels + PIXELS - 1) // PIXELS
+    tile = tl.program_id(0) // blocks
+    o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    p = (tile // tiles).to(tl.int64)
+    m = tile % tiles * PIXELS + tl.arange(0, PIXELS)
+    n, y, x = _pixel(m, OUT_HEIGHT, OUT_WIDTH)
+    images = source + p * source_p + n * source_n
+    taps += p * (TAPS_Y * TAPS_X * CHANNELS * MAPS)
+    total = tl.full((PIXELS, BLOCK_O), 0.0, tl.float32)
+    for tap in range(TAPS_Y * TAPS_X):
+        i, j = tap // TAPS_X, tap % TAPS_X
+        if TRANSPOSED:
+            up, left = y + PADDING_Y - i, x + PADDING_X - j
+            row, column = up // STRIDE_Y, left // STRIDE_X
+            inside = (m < pixels) & (up >= 0) & (up % STRIDE_Y == 0) & (left >= 0) & (left % STRIDE_X == 0)
+        else:
+            row, column = y * STRIDE_Y - PADDING_Y + i, x * STRIDE_X - PADDING_X + j
+            inside = (m < pixels) & (row >= 0) & (column >= 0)
+        inside &= (row < SOURCE_HEIGHT) & (column < SOURCE_WIDTH)
+        window = images + row * source_y + column * source_x
+        for first in range(0, CHANNELS, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            a = tl.load(window[:, None] + c[None, :] * source_c, inside[:, None] & (c < CHANNELS)[None, :], 0.0)
+            b = tl.load(
+                taps + (tap * CHANNELS + c[:, None]) * MAPS + o[None, :],
+                (c < CHANNELS)[:, None] & (o < MAPS)[None, :],
+                0.0,
+            )
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    target = out + p * out_p + n * out_n + y * out_y + x * out_x
+    tl.store(target[:, None] + o[None, :] * out_c, total.to(out.dtype.element_ty), (m < pixels)[:, None] & (o < MAPS))
+
+
+@triton.jit
+@no_type_check
+def _correlate(
+    images,
+    gradient,
+    partial,
+    networks,
+    pixels,
+    image_p,
+    image_n,
+    image_c,
+    image_y,
+    image_x,
+    gradient_p,
+    gradient_n,
+    gradient_c,
+    gradient_y,
+    gradient_x,
+    IMAGE_HEIGHT: tl.constexpr,
+    IMAGE_WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    MAPS: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PADDING_Y: tl.constexpr,
+    PADDING_X: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STEPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    # Programs that read the same pixels are neighbours, so that all but the first find them in the L2 cache.
+    o_blocks: tl.constexpr = (MAPS + BLOCK_O - 1) // BLOCK_O
+    c_blocks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    rows: tl.constexpr = TAPS_Y * TAPS_X // ROW
+    program = tl.program_id(0)
+    o = program % o_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = program // o_blocks % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = program // (o_blocks * c_blocks) % rows * ROW
+    part = program // (o_blocks * c_blocks * rows)
+    p, split = (part // SPLITS).to(tl.int64), part % SPLITS
+    i, j = tap // TAPS_X, tap % TAPS_X
+    images += p * image_p
+    gradient += p * gradient_p
+    total = tl.full((BLOCK_C, BLOCK_O), 0.0, tl.float32)
+    second = total  # of the other taps of the row
+    third = total
+    for step in range(STEPS):
+        m = (step * SPLITS + split) * PIXELS + tl.arange(0, PIXELS)
+        n, y, x = _pixel(m, HEIGHT, WIDTH)
+        target = gradient + n * gradient_n + y * gradient_y + x * gradient_x
+        g = tl.load(target[:, None] + o[None, :] * gradient_c, (m < pixels)[:, None] & (o < MAPS)[None, :], 0.0)
+        row, column = y * STRIDE_Y - PADDING_Y + i, x * STRIDE_X - PADDING_X + j
+        inside = (m < pixels) & (row >= 0) & (row < IMAGE_HEIGHT)
+        window = (images + n * image_n + row * image_y)[:, None] + c[None, :] * image_c
+        a = _column(window, column, inside, c, image_x, IMAGE_WIDTH, CHANNELS)
+        total = tl.dot(tl.trans(a), g, total, input_precision=PRECISION)
+        if ROW == 3:
+            a = _column(window, column + 1, inside, c, image_x, IMAGE_WIDTH, CHANNELS)
+            second = tl.dot(tl.trans(a), g, second, input_precision=PRECISION)
+            a = _column(window, column + 2, inside, c, image_x, IMAGE_WIDTH, CHANNELS)
+            third = tl.dot(tl.trans(a), g, third, input_precision=PRECISION)
+    sums = partial + ((split * networks + p) * (TAPS_Y * TAPS_X) + tap) * (CHANNELS * MAPS)
+    place, valid = c[:, None] * MAPS + o[None, :], (c < CHANNELS)[:, None] & (o < MAPS)[None, :]
+    tl.store(sums + place, total, valid)
+    if ROW == 3:
+        tl.store(sums + CHANNELS * MAPS + place, second, valid)
+        tl.store(sums + 2 * CHANNELS * MAPS + place, third, valid)
+
+
+@triton.jit
+@no_type_check
+def _column(window, column, inside, c, image_x, IMAGE_WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """The image's channels under one tap, zero outside of it: `[pixels, channels]`."""
+    inside &= (column >= 0) & (column < IMAGE_WIDTH)
+    return tl.load(window + (column * image_x)[:, None], inside[:, None] & (c < CHANNELS)[None, :], 0.0)

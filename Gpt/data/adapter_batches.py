@@ -1,0 +1,153 @@
+"""Training examples for generators of adapters: a trained adapter, prompts of its task, and examples to answer.
+
+    target    [B, D]              a stored adapter of the task (member) that example b is about
+    prompt    {"text": [B, N, features]}, a random set of the member's prompts, without answers
+    answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from Gpt.adapters.answers import Answers, answer_loss
+from Gpt.adapters.base import BaseModel, load_base
+from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.spec import AdapterSpec
+from Gpt.data.batches import BatchConfig
+from Gpt.data.zoo import Zoo
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch, Generator, Prompt
+from Gpt.recipes import AdapterRecipe
+from Gpt.tasks import Task
+
+
+@dataclass(kw_only=True)
+class AdapterBatch(Batch):
+    """A `Gpt.generator.Batch` with what the losses of adapters need besides.
+
+    Attributes:
+        members: the task of every example.
+        fresh: the untrained adapter, which is the base model.
+        base, spec, answers: the frozen language model, the form of an adapter, and E examples of every task.
+    """
+
+    members: Int[Tensor, " B"]
+    fresh: Float[Tensor, " D"]
+    base: BaseModel
+    spec: AdapterSpec
+    answers: Answers
+
+    def answer_loss(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
+        """Cross-entropy (nats a token) of the answers that the base model gives with each of these adapters."""
+        return answer_loss(self.base, self.spec, weights, self.answers.trimmed())
+
+
+class AdapterBatchSampler:
+    """Draws batches for the adapters of one split. All draws come from the `rng` given, on the zoo's device.
+
+    Args:
+        split: "train" or "validation"; the wordings and the inputs are of that part too.
+        config: of `BatchConfig`, `last_snapshots` alone.
+        prompts: rows of a set. It holds 1 to `prompts` different prompts, a number drawn evenly in its logarithm and
+            repeated to fill the rows, so that a generator meets small sets too.
+        examples: to be answered by each adapter.
+        pooled: hand out the mean of the set instead, `[B, features]`.
+    """
+
+    def __init__(
+        self,
+        zoo: Zoo,
+        task: Task,
+        split: str,
+        config: BatchConfig,
+        *,
+        prompts: int = 32,
+        examples: int = 16,
+        pooled: bool = False,
+    ):
+        self.zoo, self.split, self.config = zoo, split, config
+        self.family, self.recipe = language_tasks(task)
+        self.rows = zoo.split(split)
+        self.members = self.family.member_of_runs(zoo.run_ids)
+        self.prompts, self.examples, self.pooled = prompts, examples, pooled
+        self.fresh = fresh_adapter(task).to(zoo.device)
+
+    def __call__(self, count: int, rng: torch.Generator) -> AdapterBatch:
+        """`count` independent examples."""
+        rows = self.rows[_below(len(self.rows), (count,), rng)]
+        last = min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
+        target = self.zoo.read(rows, self.zoo.snapshots - 1 - _below(last, (count,), rng))
+        members = self.members[rows]
+        prompts = self._prompt_sets(members, rng)
+        chosen = _below(self._answers.tokens.shape[1], (count, self.examples), rng)
+        return AdapterBatch(
+            target=target,
+            prompt={"text": prompts.mean(1) if self.pooled else prompts},
+            members=members,
+            fresh=self.fresh,
+            base=self.base,
+            spec=self.recipe.spec,
+            answers=self._answers[members[:, None], chosen],
+        )
+
+    def _prompt_sets(self, members: Int[Tensor, " B"], rng: torch.Generator) -> Float[Tensor, "B N features"]:
+        count, stored = len(members), self._embeddings.shape[1]
+        order = torch.rand(count, stored, generator=rng, device=rng.device).argsort(1)
+        most = min(self.prompts, stored)
+        different = most ** torch.rand(count, 1, generator=rng, device=rng.device)
+        repeated = torch.arange(self.prompts, device=rng.device) % different.round().long()
+        return self._embeddings[members[:, None], order.gather(1, repeated)]
+
+    @cached_property
+    def base(self) -> BaseModel:
+        return load_base(self.recipe.base, self.zoo.device)
+
+    @cached_property
+    def _embeddings(self) -> Float[Tensor, "members prompts features"]:
+        return task_prompts(self.family, self.split, self.zoo.device)
+
+    @cached_property
+    def _answers(self) -> Answers:
+        return self.family.answers(self.recipe.base, self.split).to(self.zoo.device)
+
+
+@lru_cache(maxsize=8)
+def task_prompts(
+    family: AdapterFamily, part: str, device: torch.device
+) -> Float[Tensor, "members prompts features"]:
+    """Embedded prompts of every task, in the wordings and with the inputs of "train", "validation" or "test"."""
+    return prompt_embeddings(family.condition_prompts(part), family.encoder, device=device).to(device)
+
+
+def fresh_adapter(task: Task) -> Float[Tensor, " D"]:
+    """The untrained adapter: the base model."""
+    return task.structure.flatten({name: value.detach() for name, value in task.template.state_dict().items()})
+
+
+def reads_prompt_sets(generator: Generator) -> bool:
+    """Whether prompt["text"] is a set of vectors `[B, N, features]`, rather than their mean `[B, features]`."""
+    return getattr(generator, "reads_prompt_sets", False)
+
+
+def prompt_for(generator: Generator, sets: Float[Tensor, "B N features"]) -> Prompt:
+    """Sets of embedded prompts in the form that a generator reads."""
+    return {"text": sets if reads_prompt_sets(generator) else sets.mean(1)}
+
+
+def language_tasks(task: Task) -> tuple[AdapterFamily, AdapterRecipe]:
+    """The language tasks behind a task, and how an adapter is trained for one.
+
+    Raises:
+        ConfigError: the task is another one.
+    """
+    if not isinstance(task.family, AdapterFamily) or not isinstance(task.recipe, AdapterRecipe):
+        raise ConfigError(f"task {task.name!r} is no family of language tasks; choose one, such as lora_tiny")
+    return task.family, task.recipe
+
+
+def _below(limit: int, shape: tuple[int, ...], rng: torch.Generator) -> Int[Tensor, "..."]:
+    return torch.randint(limit, shape, generator=rng, device=rng.device)

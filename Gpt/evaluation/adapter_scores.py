@@ -1,0 +1,121 @@
+"""What adapters score on language tasks, task by task, and how that becomes a line of the report.
+
+    exact         greedy decoding writes exactly the answer (%)
+    lead          the generator's exact match minus this row's, task by task (points)
+    gap_closed    (exact - the base model's) / (the trained adapters' - the base model's), means over tasks (%)
+    format        the reply is in the wanted format (%)     content    it says the right thing, in any known format (%)
+    loss          mean negative log-likelihood of an answer's tokens (nats)
+
+Exact match needs no decoding: it holds if every token is the most likely one after the right ones. Format and content
+are judged on those same predictions, each made after the right tokens, so that where a reply goes wrong they are not
+quite those of free decoding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from Gpt import seeds
+from Gpt.adapters.answers import Answers, answer_scores
+from Gpt.adapters.base import BaseModel
+from Gpt.adapters.spec import AdapterSpec
+from Gpt.adapters.suite import Member, Suite
+from Gpt.evaluation.results import Interval, Row
+from Gpt.evaluation.statistics import bootstrap_interval
+
+MEASURES = ("exact", "lead", "gap_closed", "format", "content", "loss")
+
+Scores = dict[str, Float[Tensor, " tasks"]]
+"""{measure: one number a task}, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A way to obtain adapters: what they score on each split, and the adapters themselves."""
+
+    name: str
+    kind: str
+    scores: dict[str, Scores]
+    adapters: Mapping[str, Float[Tensor, "tasks D"]] = field(repr=False)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, generator: "Line", base: "Line", trained: "Line", seed: int) -> Row:
+        """Means over tasks with their intervals, beside the generator and between the base model and training."""
+        metrics: dict[str, Interval] = {}
+        for measure in MEASURES:
+            for split, scores in self.scores.items():
+                exact, low = scores["exact"], base.scores[split]["exact"]
+                if measure == "gap_closed":
+                    gap = trained.scores[split]["exact"] - low
+                    if bootstrap_interval(gap, seed).low > 0:  # otherwise training does not tell tasks apart either
+                        metrics[f"{split}_{measure}"] = ratio_interval(100 * (exact - low), gap, seed)
+                elif measure != "lead":
+                    metrics[f"{split}_{measure}"] = bootstrap_interval(scores[measure], seed)
+                elif self is not generator:
+                    lead = generator.scores[split]["exact"] - exact
+                    metrics[f"{split}_{measure}"] = bootstrap_interval(lead, seed)
+        return Row(self.name, self.kind, metrics, **self.details)
+
+
+def score_tasks(
+    base: BaseModel,
+    spec: AdapterSpec,
+    suite: Suite,
+    members: Sequence[Member],
+    weights: Float[Tensor, "tasks D"],
+    answers: Answers,
+) -> Scores:
+    """Measure adapter i on the examples `answers[i]` of task `members[i]`."""
+    answers = answers.trimmed()
+    found = answer_scores(base, spec, weights, answers)
+    exact = found.exact.cpu()
+    replies = [
+        _judged(base, suite, member, answers[i], found.predicted[i], exact[i]) for i, member in enumerate(members)
+    ]
+    form, content = torch.tensor(replies, dtype=torch.float64).T
+    return {
+        "exact": 100 * exact.double().mean(1),
+        "format": form,
+        "content": content,
+        "loss": found.loss.double().mean(1).cpu(),
+    }
+
+
+def _judged(
+    base: BaseModel,
+    suite: Suite,
+    member: Member,
+    answers: Answers,
+    predicted: Int[Tensor, "N K"],
+    exact: Bool[Tensor, " N"],
+) -> tuple[float, float]:
+    """(format, content) of one task's replies, in percent; exact ones have both and are not looked at again."""
+    decode = base.tokenizer.decode
+    replies = zip(predicted.cpu(), answers.targets.cpu(), answers.valid.cpu(), exact, strict=True)
+    judged = [
+        suite.judge(member, decode(said[kept].tolist()), decode(wanted[kept].tolist()))
+        for said, wanted, kept, done in replies
+        if not done
+    ]
+    form = int(exact.sum()) + sum(found.format_valid for found in judged)
+    content = int(exact.sum()) + sum(found.content_correct for found in judged)
+    return 100 * form / len(exact), 100 * content / len(exact)
+
+
+def ratio_interval(
+    part: Float[Tensor, " n"], whole: Float[Tensor, " n"], seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """mean(part) / mean(whole) with its 95 % percentile-bootstrap interval over tasks, drawn with both their values.
+
+    For wholes whose mean is certainly positive.
+    """
+    part, whole = part.double().cpu(), whole.double().cpu()
+    draws = torch.randint(len(part), (resamples, len(part)), generator=seeds.rng("cpu", seed, "bootstrap"))
+    ratios = part[draws].mean(1) / whole[draws].mean(1).clamp_min(1e-9)
+    low, high = np.quantile(ratios.numpy(), [0.025, 0.975], method="nearest")
+    return Interval(float(part.mean() / whole.mean()), float(low), float(high), len(part))

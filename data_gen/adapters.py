@@ -1,0 +1,105 @@
+"""Adapter populations: many low-rank adapters of one frozen language model, trained in the same passes through it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from data_gen.randomness import permuted, run_keys
+from Gpt.adapters.answers import Answers, answer_loss
+from Gpt.adapters.base import BaseModel, load_base
+from Gpt.adapters.measure import adapter_parts, measure
+from Gpt.adapters.spec import AdapterModule
+from Gpt.errors import DataError
+from Gpt.recipes import AdapterRecipe
+from Gpt.seeds import derive_seed
+from Gpt.tasks import Task
+
+
+def train_adapter_population(
+    task: Task,
+    recipe: AdapterRecipe,
+    run_ids: list[int],
+    seed: int,
+    snapshot_iterations: list[int],
+    device: torch.device | str,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    """Train R adapters, run r on the member of the task's family that is its own, and keep snapshots of all of them.
+
+    A run's trajectory depends on (seed, run id) alone, up to floating-point rounding.
+
+    Args:
+        snapshot_iterations: increasing; 0 is the initialisation, i the adapter after i mini-batches.
+        progress: called with the number of new snapshots, as they are made.
+
+    Returns:
+        float32 weights on `device`, and the columns `<split>_loss` (nats a token of the answers) and `<split>_error`
+        (answers that are not exactly right, percent) of the splits validation and test.
+
+    Raises:
+        DataError: there are fewer training examples than one mini-batch takes.
+    """
+    base = load_base(recipe.base, device)
+    groups = [run_ids[i : i + recipe.adapters_per_forward] for i in range(0, len(run_ids), recipe.adapters_per_forward)]
+    trained = [_train_group(task, recipe, base, group, seed, snapshot_iterations, progress) for group in groups]
+    metrics = {name: torch.cat([columns[name] for _, columns in trained]) for name in trained[0][1]}
+    return torch.cat([weights for weights, _ in trained]), metrics
+
+
+def _train_group(
+    task: Task,
+    recipe: AdapterRecipe,
+    base: BaseModel,
+    run_ids: list[int],
+    seed: int,
+    snapshot_iterations: list[int],
+    progress: Callable[[int], None] | None,
+) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
+    family, _ = adapter_parts(task)
+    members = family.member_of_runs(torch.tensor(run_ids))
+    pool = Answers(*task.data("train", base.device))[members.to(base.device)].trimmed()
+    keys = run_keys(seed, "batches", run_ids, base.device)
+    weights = initial_adapters(task, recipe, run_ids, seed).to(base.device).requires_grad_()
+    optimizer = torch.optim.AdamW([weights], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    snapshots: list[Tensor] = []
+    metrics: dict[str, list[Tensor]] = {}
+    for iteration in range(snapshot_iterations[-1] + 1):
+        if iteration in snapshot_iterations:
+            snapshots.append(weights.detach().clone())
+            for name, values in measure(task, base, snapshots[-1], members).items():
+                metrics.setdefault(name, []).append(values)
+            if progress:
+                progress(len(run_ids))
+        if iteration < snapshot_iterations[-1]:
+            optimizer.zero_grad()
+            examples = mini_batches(pool, keys, iteration, recipe.examples)
+            answer_loss(base, recipe.spec, weights, examples).sum().backward()
+            optimizer.step()
+    return torch.stack(snapshots, 1), {name: torch.stack(values, 1) for name, values in metrics.items()}
+
+
+def initial_adapters(task: Task, recipe: AdapterRecipe, run_ids: list[int], seed: int) -> Float[Tensor, "R D"]:
+    """The base model itself, once for every run; what is not zero in it is A, where A is trained."""
+    if not recipe.own_a:
+        return task.structure.flatten(task.template.state_dict()).repeat(len(run_ids), 1)
+    specs = [replace(recipe.spec, a_seed=derive_seed(seed, "lora_A", run)) for run in run_ids]
+    return torch.stack([task.structure.flatten(AdapterModule(recipe.base, spec).state_dict()) for spec in specs])
+
+
+def mini_batches(pool: Answers, keys: Int[Tensor, "R 2"], iteration: int, count: int) -> Answers:
+    """Every run's own examples of this iteration, from its own permutation of its member's; each epoch is complete.
+
+    Raises:
+        DataError: see `train_adapter_population`.
+    """
+    length = pool.tokens.shape[1]
+    if length < count:
+        raise DataError(f"a mini-batch takes {count} examples, there are {length}; raise the family's train_examples")
+    epoch, index = divmod(iteration, length // count)
+    slots = index * count + torch.arange(count, device=keys.device)
+    rows = torch.arange(len(keys), device=keys.device)[:, None]
+    return pool[rows, permuted(keys, epoch, slots, length)]

