@@ -23,7 +23,7 @@ from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards
 from Gpt.data.shards import Manifest
 from Gpt.errors import ConfigError, TaskError
-from Gpt.masks import label_map
+from Gpt.masks import MaskSplit, label_map
 from Gpt.recipes import AdapterRecipe, PpoRecipe, Recipe, SingleRecipe, SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
@@ -111,7 +111,8 @@ def train_population(
     if isinstance(recipe, SingleRecipe):
         return train_one_by_one(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
     if isinstance(recipe, SupervisedRecipe):
-        labels = None if task.family is None else label_map(task.family.mask_of_runs(torch.tensor(run_ids)))
+        masks = task.family.mask_of_runs(torch.tensor(run_ids)) if isinstance(task.family, MaskSplit) else None
+        labels = None if masks is None else label_map(masks)
         return train_supervised_population(
             task, recipe, run_ids, seed, snapshot_iterations, device, label_map=labels, progress=progress
         )

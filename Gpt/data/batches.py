@@ -13,6 +13,7 @@ from Gpt.data.augmentation import random_index
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Prompt
+from Gpt.masks import MaskSplit
 from Gpt.tasks import Task
 
 
@@ -111,7 +112,7 @@ def _uniform(count: int, rng: torch.Generator) -> Float[Tensor, " count"]:
 
 def _masks_of_rows(zoo: Zoo, task: Task) -> Float[Tensor, "runs classes"]:
     """The mask that each run was trained on."""
-    if task.family is None:
+    if not isinstance(task.family, MaskSplit):
         raise ConfigError(
             f"condition class_mask: task {task.name!r} has no masks; choose a task with the key 'family', such as "
             "digits_mask, or another condition"

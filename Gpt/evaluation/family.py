@@ -281,8 +281,8 @@ def family_of(task: Task) -> MaskSplit:
     Raises:
         ConfigError: it has none.
     """
-    if task.family is None:
-        raise ConfigError(f"task {task.name!r} is a single task; add the key 'family' to make it one for each mask")
+    if not isinstance(task.family, MaskSplit):
+        raise ConfigError(f"task {task.name!r} is not one task for each mask; give it the key 'family', a MaskSplit")
     return task.family
 
 
