@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from data_gen.collect import collect, train_population
@@ -27,9 +26,11 @@ from Gpt.data.batches import BatchSampler
 from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo
+from Gpt.descriptions import Descriptions
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.diffusion.regression import Regression
-from Gpt.errors import CheckpointError, ConfigError, UserError
+from Gpt.distributed import on_first_process, primary, together, world
+from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.adapters import adapters_score, evaluate_adapters
 from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.family import evaluate_family, family_score
@@ -42,6 +43,7 @@ from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task, get_task, load_task_modules
+from Gpt.text import SentenceEncoder, find_model
 from Gpt.training import Sampler, mixed_precision
 from rpg import adapters
 from rpg.generator import Rpg, RpgConfig
@@ -72,10 +74,10 @@ class Experiment:
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
-        if wanted == "cuda" and dist.is_initialized():
+        if wanted == "cuda" and world() > 1:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if self.config.trainer.precision == "tf32":
-            torch.set_float32_matmul_precision("high")  # torch keeps one setting for the whole process
+        precision = "high" if self.config.trainer.precision == "tf32" else "highest"
+        torch.set_float32_matmul_precision(precision)  # torch keeps one setting for the whole process
         return torch.device(wanted)
 
     @cached_property
@@ -85,16 +87,20 @@ class Experiment:
 
     @cached_property
     def task(self) -> Task:
-        sources.configure(self.config.data.root, self.config.data.download)
+        data = self.config.data
+        sources.configure(data.root, data.download, data.examples)
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task)
         if task.family:
-            members, told = ("class mask", "class_mask") if isinstance(task.family, MaskSplit) else ("sentence", "text")
-            if told not in self.config.condition.names:
+            masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
+            members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
+            if told not in names and "text" not in names:
                 raise ConfigError(
                     f"task {task.name!r} is one task for each {members}, so its generator has to be told which; add "
                     f"condition.names=[{told}]"
                 )
+            if masks and "text" in names:
+                find_model()  # before anything is collected
         if self.config.zoo.recipe:
             known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
             for key in self.config.zoo.recipe:
@@ -105,7 +111,9 @@ class Experiment:
 
     @property
     def zoo_folder(self) -> Path:
-        return Path(self.config.zoo.path or Path("zoos") / self.task.zoo_name)
+        examples = self.config.data.examples
+        name = self.task.zoo_name if examples is None else f"{self.task.zoo_name}-{examples}"
+        return Path(self.config.zoo.path or Path("zoos") / name)
 
     @cached_property
     def zoo(self) -> Zoo:
@@ -121,6 +129,8 @@ class Experiment:
         settings, task = self.config.zoo, self.task
         if settings.refresh_every and settings.store:
             raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
+        if settings.refresh_every and (task.family or self.config.generator.get("identities")):
+            raise ConfigError("zoo.refresh_every=0 is needed: prompts do not follow masks and identities of new runs")
         if not settings.store:
             return collect_in_memory(
                 task,
@@ -138,19 +148,7 @@ class Experiment:
         if task.checkpoints:
             on_first_process(self._import_zoo)
         elif task.recipe or not self.zoo_folder.exists():
-            collect(
-                task,
-                self.zoo_folder,
-                runs=settings.runs,
-                snapshots=settings.snapshots,
-                spacing=settings.spacing,
-                seed=settings.seed,
-                dtype=settings.dtype,
-                shard_runs=settings.shard_runs,
-                device=self.device,
-                population=settings.population,
-                max_weight=settings.max_weight,
-            )
+            together(self._collect_zoo)
         return Zoo.open(
             self.zoo_folder,
             task.structure,
@@ -178,6 +176,24 @@ class Experiment:
 
         return Stream(
             self.zoo, fresh, settings.refresh_every, settings.population or settings.shard_runs, settings.max_weight
+        )
+
+    def _collect_zoo(self) -> None:
+        """Train the shards that are missing; of several processes, each claims one after the other."""
+        settings = self.config.zoo
+        collect(
+            self.task,
+            self.zoo_folder,
+            runs=settings.runs,
+            snapshots=settings.snapshots,
+            spacing=settings.spacing,
+            seed=settings.seed,
+            dtype=settings.dtype,
+            shard_runs=settings.shard_runs,
+            device=self.device,
+            population=settings.population,
+            max_weight=settings.max_weight,
+            progress=primary(),
         )
 
     def _import_zoo(self) -> None:
@@ -240,7 +256,18 @@ class Experiment:
             with_start=self.generator.needs_start,
             permute=self.generator.augment and split == "train",
             identities=self.config.generator.get("identities", 0),
+            descriptions=self.descriptions,
         )
+
+    @cached_property
+    def descriptions(self) -> Descriptions | None:
+        """Sentences for the class masks of a family, for a generator that is prompted with text."""
+        if "text" not in self.config.condition.names or not isinstance(self.task.family, MaskSplit):
+            return None
+        if self.task.vocabulary is None:
+            raise ConfigError(f"condition text: task {self.task.name!r} has no vocabulary; add its key 'vocabulary'")
+        cache = self.folder / "text" / "embeddings.safetensors"
+        return Descriptions(self.task.vocabulary, SentenceEncoder(cache=cache, device=self.device))
 
     def trained(self) -> Generator:
         """The generator with its best weights, or with the published ones of `resume_path`."""
@@ -272,10 +299,10 @@ class Experiment:
         if isinstance(self.task.family, AdapterFamily):
             return evaluate_adapters, adapters_score
         if self.task.family:
-            return evaluate_family, family_score
+            told = {"conditions": self.config.condition.names, "descriptions": self.descriptions}
+            return partial(evaluate_family, **told), partial(family_score, **told)
         if not self.generator.needs_start and not self.config.condition.names:
-            settings = self.config.evaluation
-            return partial(evaluate_whole, recalibrate=settings.recalibrate, beside=settings.beside), whole_score
+            return partial(evaluate_whole, recalibrate=self.config.evaluation.recalibrate), whole_score
         return evaluate, validation_score
 
     def _objective(self) -> Objective:
@@ -325,22 +352,6 @@ def create_folder(experiment: Experiment, summary: dict[str, Any]) -> None:
     OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
     write_json(folder / "summary.json", summary)
     write_json(folder / "config.json", _settings(config))
-
-
-def on_first_process(job: Callable[[], Any]) -> Any:
-    """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told."""
-    if not dist.is_initialized():
-        return job()
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [job()]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

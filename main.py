@@ -2,12 +2,14 @@
 
     python main.py                                   the embedded default, configs/digits_loss.yaml
     python main.py --config-name mnist_loss          another configuration; --help lists them
+    python main.py dry_run=true                      check everything, train nothing
     python main.py test_only=true                    evaluate again from the trained generator
     torchrun --nproc-per-node 2 main.py …            the same, spread over two processes
 """
 
 import dataclasses
-import os
+import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -15,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-import torch.distributed as dist
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from experiment import GENERATORS, Experiment, create_folder, on_first_process, open_folder
+from dry_run import dry_run
+from experiment import GENERATORS, Experiment, create_folder, open_folder
 from Gpt.checkpoint import write_json
 from Gpt.config import RunConfig, checked, nearest
 from Gpt.data.zoo import Zoo, scales
+from Gpt.distributed import on_first_process, primary, processes, world
 from Gpt.errors import ConfigError, UserError
+from Gpt.evaluation.beside import Others, read_runs, side_by_side, training_curves
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.results import Results
 from Gpt.models.upstream import resolve_checkpoint
@@ -44,8 +49,12 @@ FIT_WEIGHTS = 2**28
 def run(experiment: Experiment) -> Results | None:
     """The main job. Returns what the evaluation found, or None where there was nothing left to do."""
     config = experiment.config
+    if config.dry_run:
+        dry_run(experiment)
+        return None
     if config.collect_only:
-        print(describe(experiment.zoo))
+        zoo = experiment.zoo
+        on_first_process(lambda: print(describe(zoo)))
         return None
     if config.resume_path:  # before the zoo is collected, which can take hours
         if not config.test_only:
@@ -53,18 +62,21 @@ def run(experiment: Experiment) -> Results | None:
         resolve_checkpoint(config.resume_path)
     experiment.folder, summary = on_first_process(lambda: open_folder(experiment))
     if summary.get("finished") and not config.test_only:
-        print(f"This run is finished: {experiment.folder / 'report.html'}")
-        print("Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")
+        if primary():
+            print(f"This run is finished: {experiment.folder / 'report.html'}")
+            print("Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")
         return None
+    others, zoo_seconds = run_beside(experiment)
     begun = time.perf_counter()
     zoo = experiment.zoo
     if not summary:
-        summary = {"zoo_seconds": time.perf_counter() - begun}
+        workers = world() if config.zoo.store else 1  # a zoo in memory is not shared out: each process trains it
+        summary = {"zoo_seconds": zoo_seconds + workers * (time.perf_counter() - begun)}
         on_first_process(lambda: create_folder(experiment, summary))
 
-    folder, primary = experiment.folder, not dist.is_initialized() or dist.get_rank() == 0
+    folder = experiment.folder
     resumed = experiment.checkpoints.latest_step()
-    logger = open_loggers(config.logger, folder, dataclasses.asdict(config), resumed) if primary else Loggers([])
+    logger = open_loggers(config.logger, folder, dataclasses.asdict(config), resumed) if primary() else Loggers([])
     try:
         if not config.test_only:
             count = min(FIT_EXAMPLES, max(64, FIT_WEIGHTS // experiment.task.structure.size))
@@ -82,10 +94,8 @@ def run(experiment: Experiment) -> Results | None:
                 config.seed,
                 experiment.stream,
             )
-            summary |= {"training_seconds": state.seconds, "step": state.step}
-        if not primary:
-            return None
-        write_json(folder / "summary.json", summary)
+            summary |= {"training_seconds": world() * state.seconds, "step": state.step}
+        on_first_process(lambda: write_json(folder / "summary.json", summary))
         results = experiment.judge(
             experiment.trained(),
             experiment.task,
@@ -97,10 +107,12 @@ def run(experiment: Experiment) -> Results | None:
                 training_seconds=summary.get("training_seconds", 0.0),
                 training_examples=summary.get("step", 0) * config.trainer.batch_size,
             ),
-            progress=lambda phrase: print(f"evaluating: {phrase} …", flush=True),
+            progress=lambda phrase: print(f"evaluating: {phrase} …", flush=True) if primary() else None,
         )
-        report(experiment, results, logger)
-        write_json(folder / "summary.json", summary | {"finished": True})
+        curves = training_curves(zoo, experiment.task, config.evaluation.networks, config.evaluation.seed)
+        results = side_by_side(results, others, curves)
+        on_first_process(lambda: report(experiment, results, logger))
+        on_first_process(lambda: write_json(folder / "summary.json", summary | {"finished": True}))
         return results
     finally:
         logger.finish()
@@ -115,6 +127,69 @@ def report(experiment: Experiment, results: Results, logger: Any) -> None:
         logger.figure(name, path)
     logger.results(results)
     print(f"\n{print_table(results)}\n\nreport: {page}")
+
+
+def run_beside(experiment: Experiment) -> tuple[Others, float]:
+    """Finish the runs of `beside`, or reuse them.
+
+    Returns:
+        what these runs and those of `evaluation.beside` found, and the seconds that collecting this zoo took them.
+    """
+    found = [beside(experiment, entry) for entry in experiment.config.beside]
+    zoo_seconds = 0.0
+    for other in found:
+        if primary():
+            print(f"\nbeside {experiment.name}: {other.name}", flush=True)
+        run(other)
+        if other.zoo_folder == experiment.zoo_folder:
+            zoo_seconds += json.loads((other.folder / "summary.json").read_text())["zoo_seconds"]
+    folders = [*experiment.config.evaluation.beside, *(other.folder for other in found)]
+    return on_first_process(lambda: read_runs(folders, f"test_{experiment.task.metric}")), zoo_seconds
+
+
+def beside(experiment: Experiment, entry: str) -> Experiment:
+    """Another configuration with this one's data, device, logger and folder of runs; a shared zoo is collected alike.
+
+    Args:
+        entry: its name and settings, as on the command line.
+
+    Raises:
+        ConfigError: there is no such configuration, a setting is wrong, or its metric is not this one's.
+    """
+    name, *settings = shlex.split(entry)
+    config, other = experiment.config, composed(name, settings)
+    other = dataclasses.replace(
+        other,
+        data=config.data,
+        device=config.device,
+        logger=config.logger,
+        run=dataclasses.replace(other.run, root=config.run.root),
+        beside=(),
+    )
+    if Experiment(other, name).zoo_folder == experiment.zoo_folder:
+        zoo = dataclasses.replace(config.zoo, align=other.zoo.align, split=other.zoo.split)
+        other = dataclasses.replace(other, zoo=zoo)
+    found = Experiment(other, name)
+    if found.task.metric != experiment.task.metric:
+        raise ConfigError(f"beside: {name} is about {found.task.metric}, this run about {experiment.task.metric}")
+    return found
+
+
+def composed(name: str, settings: list[str]) -> RunConfig:
+    """A configuration by name, as the command line composes it; in a running hydra, from the same places.
+
+    Raises:
+        ConfigError: there is no such configuration, or a setting is wrong.
+    """
+    overrides = check_arguments(settings)
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return typed_config(hydra.compose(name, overrides))
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return typed_config(hydra.compose(name, overrides))
+    except MissingConfigException as error:
+        known = [file.stem for file in CONFIGS.glob("*.yaml")]
+        raise ConfigError(f"beside: there is no configuration {name!r}; {nearest(name, known)}") from error
 
 
 def describe(zoo: Zoo) -> str:
@@ -236,15 +311,8 @@ def main() -> None:
         print(help_text())
         return
     sys.argv[1:] = guard(lambda: check_arguments(sys.argv[1:]))
-    if "LOCAL_RANK" in os.environ:  # started by torchrun
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
+    with processes():
         _compose_and_run()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

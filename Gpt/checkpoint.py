@@ -13,14 +13,27 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from Gpt.errors import CheckpointError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A module, an optimiser, or what stands for one that is spread over processes, see `Gpt.sharding.Whole`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to be saved."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take over what was saved."""
+        ...
 
 
 @dataclass
@@ -50,7 +63,7 @@ class CheckpointFolder:
         self.folder = folder
         self.identity = identity
 
-    def save(self, state: TrainingState, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, state: TrainingState, model: Stateful, ema: Stateful, optimizer: Stateful) -> None:
         """Write a complete checkpoint, make it and the best weights the ones to use, and only then remove older ones.
 
         Raises:
@@ -69,7 +82,7 @@ class CheckpointFolder:
             if old.name not in (name, state.best_folder):
                 shutil.rmtree(old, ignore_errors=True)
 
-    def save_best(self, state: TrainingState, ema: nn.Module, facts: dict[str, Any]) -> None:
+    def save_best(self, state: TrainingState, ema: Stateful, facts: dict[str, Any]) -> None:
         """Write the weights of `state.best_step`; the next `save` makes them the ones to use.
 
         Raises:
@@ -85,7 +98,7 @@ class CheckpointFolder:
         """Step of the latest checkpoint, -1 where there is none."""
         return self._facts(self._latest()["folder"])["state"]["step"] if self.exists() else -1
 
-    def load(self, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    def load(self, model: Stateful, ema: Stateful, optimizer: Stateful) -> TrainingState:
         """Continue from the latest checkpoint, bit for bit.
 
         Raises:
@@ -99,7 +112,7 @@ class CheckpointFolder:
         _unflatten_optimizer(optimizer, _load_tensors(self.folder / name / "optimizer.safetensors"), facts["optimizer"])
         return TrainingState(**facts["state"])
 
-    def load_best(self, generator: nn.Module) -> dict[str, Any]:
+    def load_best(self, generator: Stateful) -> dict[str, Any]:
         """Load the weights to use, the best ones or else the latest average, and return what is known of them.
 
         Raises:
@@ -153,16 +166,14 @@ class CheckpointFolder:
             ) from error
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _flatten_optimizer(optimizer: Stateful) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Tensors `{"<parameter index>/<name>": …}` and the settings of each parameter group."""
     state = optimizer.state_dict()
     tensors = {f"{i}/{key}": torch.as_tensor(v) for i, entry in state["state"].items() for key, v in entry.items()}
     return tensors, state["param_groups"]
 
 
-def _unflatten_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], settings: list[dict[str, Any]]
-) -> None:
+def _unflatten_optimizer(optimizer: Stateful, tensors: dict[str, Tensor], settings: list[dict[str, Any]]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/", 1)
@@ -172,7 +183,7 @@ def _unflatten_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _load_module(module: nn.Module, file: Path) -> None:
+def _load_module(module: Stateful, file: Path) -> None:
     try:
         module.load_state_dict(_load_tensors(file))
     except RuntimeError as error:

@@ -5,7 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from Gpt.data.batches import BatchConfig
 from Gpt.errors import ConfigError
@@ -21,10 +21,12 @@ class DataConfig:
     Attributes:
         root: folder to look in before `./data`.
         download: fetch with torchvision what is not found.
+        examples: use only the first this many examples of each split, to try a configuration on a small machine.
     """
 
     root: str | None = None
     download: bool = True
+    examples: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,14 @@ class RunConfig:
         task: a key of TASK_METADATA.
         task_modules: files of the user's that add tasks.
         generator: {name: …, settings of that generator}.
+        beside: other configurations, whose runs are finished first and whose generators stand in the same table and
+            figure; each a name and, where wanted, settings, as on the command line: "digits_loss trainer.steps=200".
         device: "auto", "cpu", "cuda" or "cuda:N".
         resume_path: published G.pt weights to evaluate with test_only=true, such as mnist_loss.pt.
         resume: "auto" continues or reuses what the run folder holds; "never" starts a new folder beside it.
         test_only: evaluate the trained generator again instead of training.
         collect_only: stop when the zoo is there, and print what it holds.
+        dry_run: check everything that the run needs, in small, and leave nothing behind.
     """
 
     task: str = "digits_loss"
@@ -131,19 +136,22 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    beside: tuple[str, ...] = ()
     device: str = "auto"
     seed: int = 0
     resume_path: str | None = None
     resume: str = "auto"
     test_only: bool = False
     collect_only: bool = False
+    dry_run: bool = False
 
     def training_settings(self) -> dict[str, Any]:
         """The part of the configuration that trained weights depend on; a run is only resumed with the same."""
-        settings = dataclasses.asdict(self)
-        elsewhere = ("data", "evaluation", "logger", "run", "device")
-        for key in (*elsewhere, "resume_path", "resume", "test_only", "collect_only"):
+        settings = dataclasses.asdict(self) | {"data": {"examples": self.data.examples}}
+        elsewhere = ("evaluation", "logger", "run", "beside", "device")
+        for key in (*elsewhere, "resume_path", "resume", "test_only", "collect_only", "dry_run"):
             del settings[key]
+        del settings["trainer"]["sharded"]  # where the weights are kept
         # How many runs are replaced at once decides what a changing zoo holds.
         where = ("path", "shard_runs", "storage", "store", *(() if self.zoo.refresh_every else ("population",)))
         for key in where:

@@ -59,10 +59,13 @@ class Generator(nn.Module):
     Attributes:
         needs_start: whether it updates given networks instead of writing them from noise.
         mixed_precision: sample under bfloat16 autocast, as trained.
+        graphs: replay `loss` and the steps of sampling as CUDA graphs (`Gpt.cuda_graphs`); `compile_networks` sets it
+            where they do the same device work at every call.
     """
 
     needs_start: bool
     mixed_precision: bool = False
+    graphs: bool = False
 
     def __init__(self, structure: Structure, objective: Objective, sampler: str, steps: int):
         super().__init__()

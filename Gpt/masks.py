@@ -44,7 +44,7 @@ class MaskSplit:
     """Which masks are for training, validation and test, and which run is trained on which mask.
 
     No held-out mask is the complement of another. Training keeps the masks that differ in more than `radius` classes
-    from every held-out mask and from its complement; what lies within is used by nobody.
+    from every held-out mask and, unless `complements`, from its complement; what lies within is used by nobody.
 
     Attributes:
         held_out: number of test masks.
@@ -52,6 +52,8 @@ class MaskSplit:
         radius: 0 removes the complements from training, 1 the neighbours at Hamming distance 1 as well.
         seed: of the draw.
         runs_per_mask: runs for each test and each validation mask.
+        complements: leave the complements of held-out masks in training. Not a fair split: swapping two outputs is then
+            as good as training, which is what it is there to show.
 
     Raises:
         ConfigError: a number is out of range, or no mask is left to train on.
@@ -62,6 +64,7 @@ class MaskSplit:
     radius: int = 0
     seed: int = 0
     runs_per_mask: int = 1
+    complements: bool = False
 
     def __post_init__(self) -> None:
         pairs = 2 ** (CLASSES - 1) - 1
@@ -93,7 +96,8 @@ class MaskSplit:
     def train_masks(self) -> Bool[Tensor, "n 10"]:
         """In a random order, so that any stretch of training runs covers the family evenly."""
         masks = all_masks()
-        distance = hamming(masks, torch.cat([self._drawn, ~self._drawn]))
+        avoided = self._drawn if self.complements else torch.cat([self._drawn, ~self._drawn])
+        distance = hamming(masks, avoided)
         kept = masks[(distance > self.radius).all(1)]
         return kept[torch.randperm(len(kept), generator=rng("cpu", self.seed, "mask order"))]
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from Gpt.sharding import like, local, whole_of
+
 # Quintic iteration that drives singular values into about [0.7, 1.2] in five steps (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -22,7 +24,8 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with `muon=True`: matrices whose Nesterov momentum is orthogonalised.
 
     A Muon group's `lr` is the spectral norm of one update, times sqrt(rows / columns) where a matrix is taller than
-    wide; it takes `momentum` (0.95) and `weight_decay` from its group.
+    wide; it takes `momentum` (0.95) and `weight_decay` from its group. Of sharded matrices every process
+    orthogonalises all, whole, and keeps its part.
     """
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -45,13 +48,15 @@ class MuonAdamW(torch.optim.AdamW):
                 shapes[p.shape].append(p)
         momentum = group.get("momentum", MOMENTUM)
         for params in shapes.values():
-            gradients = [p.grad for p in params if p.grad is not None]
-            buffers = [self._momentum(p) for p in params]
+            gradients = [local(p.grad) for p in params if p.grad is not None]
+            buffers = [local(self._momentum(p)) for p in params]
             torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-            directions = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
-            updates = orthogonalize(directions).to(params[0].dtype).unbind()
+            parts = torch._foreach_lerp(gradients, buffers, momentum)
+            directions = torch.stack([whole_of(part, p) for part, p in zip(parts, params, strict=True)])
+            orthogonal = orthogonalize(directions).to(params[0].dtype).unbind()
+            updates = [local(like(update, p)) for update, p in zip(orthogonal, params, strict=True)]
             rows, columns = params[0].shape
-            values: list[Tensor] = [*params]
+            values: list[Tensor] = [local(p) for p in params]
             torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(values, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 

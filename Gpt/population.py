@@ -71,7 +71,7 @@ class Population:
 
     def piece(self, inputs: Float[Tensor, "N ..."]) -> tuple[int, int]:
         """How many networks, and how many of these examples, one pass takes."""
-        return piece(self._prepare(inputs)[1], len(inputs), self.weights.device)
+        return piece(self._prepare(inputs)[1], len(inputs), self.weights.device, len(self))
 
     def _prepare(self, inputs: Tensor) -> tuple[nn.Module, int]:
         shape = tuple(inputs.shape[1:])
@@ -94,13 +94,20 @@ def prepared(template: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
     return net, activations(net, example)
 
 
-def piece(numbers: int, examples: int, device: torch.device) -> tuple[int, int]:
+def piece(numbers: int, examples: int, device: torch.device, population: int = 2**40) -> tuple[int, int]:
     """How many networks, and how many of the examples, one pass without gradients takes.
+
+    On a GPU a pass takes all the networks there are before it takes more than 1,024 examples: few and long passes, for
+    `vmap` keeps the host busy for milliseconds in each.
 
     Args:
         numbers: activations of one network for one example, see `activations`.
+        population: how many networks there are.
     """
-    limit, most = (CUDA_NUMBERS, 1024) if device.type == "cuda" else (CPU_NUMBERS, 256)
+    if device.type == "cuda":
+        limit, most = CUDA_NUMBERS, max(1024, CUDA_NUMBERS // max(1, numbers * population))
+    else:
+        limit, most = CPU_NUMBERS, 256
     examples = max(1, min(examples, most, limit // numbers))
     return max(1, limit // (numbers * examples)), examples
 
@@ -145,9 +152,14 @@ Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def training_precision(template: nn.Module, device: torch.device) -> torch.dtype:
-    """bfloat16 where population convolutions bring it half the time, float32 elsewhere."""
-    convolutions = any(PopulationConv2d.fits(module) for module in template.modules())
-    return torch.bfloat16 if convolutions and accelerated(device) else torch.float32
+    """bfloat16 where it brings half the time, float32 elsewhere.
+
+    On a GPU that is wherever mini-batches and feature maps are most of what is read and written: in linear layers, and
+    in population convolutions. Other convolutions gain nothing, and under vmap autocast does not reach them.
+    """
+    convolutions = [module for module in template.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    gains = accelerated(device) and all(PopulationConv2d.fits(module) for module in convolutions)
+    return torch.bfloat16 if gains else torch.float32
 
 
 def population_gradient(

@@ -11,21 +11,25 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from Gpt import distributed
 from Gpt.checkpoint import CheckpointFolder, TrainingState
+from Gpt.cuda_graphs import GraphedGradient
+from Gpt.distributed import from_first, on_first_process
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
 from Gpt.muon import MuonAdamW
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
+from Gpt.sharding import Whole, copy_whole, local, sharded, synchronise_gradients, whole
 
 Sampler = Callable[[int, torch.Generator], Batch]
 
@@ -44,7 +48,10 @@ class TrainerConfig:
         ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
         precision: "float32"; "tf32" for its faster matrix products, in training and sampling; "bfloat16" for automatic
             mixed precision; "auto" is bfloat16 where the device multiplies it natively, float32 elsewhere.
-        compile: compile the generator's networks with torch.compile.
+        compile: compile the generator's networks with torch.compile; on a GPU, with one slice, also replay loss and
+            gradient as a CUDA graph where the generator can.
+        sharded: with several processes, each keeps a part of the weights, gradients, optimiser state and average, see
+            `Gpt.sharding`; for generators that outgrow a card.
         validate_every, checkpoint_every: steps; 0 leaves it to the end.
         validation_batches: batches behind one validation loss.
     """
@@ -62,6 +69,7 @@ class TrainerConfig:
     ema_decay: float = 0.99
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False
+    sharded: bool = False
     validate_every: int = 250
     checkpoint_every: int = 250
     log_every: int = 10
@@ -93,21 +101,26 @@ def train(
         UserError: the loss or its gradient is not finite; the latest checkpoint is from before.
         CheckpointError: a checkpoint cannot be read or written.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = distributed.rank(), distributed.world()
     if config.slices % world or config.batch_size % config.slices:
         raise ConfigError(
             f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide "
             f"trainer.batch_size={config.batch_size}"
         )
-    averaged = copy.deepcopy(generator)
-    optimizer = _optimizer(generator, config, device)
-    state = checkpoints.load(generator, averaged, optimizer) if checkpoints.exists() else TrainingState()
+    in_parts = config.sharded and world > 1
+    trained = sharded(generator, device) if in_parts else generator
+    averaged = sharded(generator, device) if in_parts else copy.deepcopy(generator)
+    optimizer = _optimizer(trained, config, device)
+    views = [Whole(part) for part in (trained, averaged, optimizer)] if in_parts else []
+    stored: list[Any] = [*views] or [trained, averaged, optimizer]
+    state = checkpoints.load(*stored) if checkpoints.exists() else TrainingState()
     if config.compile:
-        generator.compile_networks()
-    step_loss = _Loss(generator)
-    parallel = DistributedDataParallel(step_loss) if world > 1 else None
+        trained.compile_networks()
+    step_loss = _Loss(trained)
+    parallel = DistributedDataParallel(step_loss) if world > 1 and not in_parts else None
     model = parallel or step_loss
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(config.precision, device))
+    graphed = _graphed_gradient(step_loss, autocast) if generator.graphs and config.slices == 1 else None
     bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
     running, since, norm = torch.zeros((), device=device), state.step, torch.zeros(())
@@ -120,15 +133,20 @@ def train(
         if validate or save:
             _check_finite("gradient norm", norm.item(), state.step, config)
         if validate:
-            facts = _validate(averaged, draw_validation, score, config, device, seed)
+            if in_parts:
+                copy_whole(averaged, generator)
+            judged = generator if in_parts else averaged
+            facts = from_first(_validate(judged, draw_validation, score, config, device, seed))
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
-            if rank == 0 and facts["score"] < state.best_score:
+            if facts["score"] < state.best_score:
                 state.best_score, state.best_step = facts["score"], state.step
-                checkpoints.save_best(state, averaged, {"step": state.step, **facts})
+                on_first_process(partial(checkpoints.save_best, state, judged, {"step": state.step, **facts}))
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
         state.seconds = time.perf_counter() - begun
-        if rank == 0 and save:
-            checkpoints.save(state, generator, averaged, optimizer)
+        if save:
+            for view in views:
+                view.gather()
+            on_first_process(partial(checkpoints.save, state, *stored))
         if last:
             break
 
@@ -140,28 +158,31 @@ def train(
             batch = draw(config.batch_size // config.slices, noise)
             batch.progress = state.step / config.steps
             final = part + world >= config.slices
-            with autocast, contextlib.nullcontext() if final or parallel is None else parallel.no_sync():
-                loss = model(batch, noise) * world / config.slices
-            loss.backward()
+            if in_parts:
+                synchronise_gradients(trained, final)
+            if graphed is not None:
+                loss = graphed(batch, noise)
+            else:
+                with autocast, contextlib.nullcontext() if final or parallel is None else parallel.no_sync():
+                    loss = model(batch, noise) * world / config.slices
+                loss.backward()
             running += loss.detach() / world
-        norm = nn.utils.clip_grad_norm_(generator.parameters(), config.max_grad_norm or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(trained.parameters(), config.max_grad_norm or math.inf))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(config.ema_decay, (1 + state.step) / (10 + state.step)) if state.step else 0.0
-        _average(averaged, generator, 1 - decay)
+        _average(averaged, trained, 1 - decay)
         state.step += 1
         bar.update()
 
         if _due(state.step, config.log_every):
-            value = _sum_over_processes(running).item() / (state.step - since)
+            value = distributed.total(running).item() / (state.step - since)
             _check_finite("loss", value, state.step, config)
             logger.log({"train/loss": value, "train/grad_norm": norm.item()}, state.step)
             running.zero_()
             since = state.step
 
     bar.close()
-    if world > 1:
-        dist.barrier()  # until the first process has written its last checkpoint
     checkpoints.load_best(generator)
     return state
 
@@ -192,6 +213,17 @@ class _Loss(nn.Module):
         return self.generator.loss(batch, noise)
 
 
+def _graphed_gradient(step_loss: _Loss, autocast: torch.autocast) -> GraphedGradient | None:
+    """Loss and gradient as one CUDA graph; None on other devices."""
+
+    def mixed(batch: Batch, noise: torch.Generator) -> Tensor:
+        with autocast:
+            return step_loss(batch, noise)
+
+    parameters = list(step_loss.parameters())
+    return GraphedGradient(mixed, parameters) if parameters[0].is_cuda else None
+
+
 def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW over the generator's groups; its hidden matrices go to Muon where `muon_learning_rate` is set."""
     groups = generator.parameter_groups(config.weight_decay)
@@ -209,7 +241,7 @@ def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device
 @torch.no_grad()
 def _average(averaged: Generator, generator: Generator, share: float) -> None:
     """Move the averaged parameters towards the current ones by `share`; buffers are those of the moment."""
-    torch._foreach_lerp_(list(averaged.parameters()), list(generator.parameters()), share)
+    torch._foreach_lerp_([local(p) for p in averaged.parameters()], [local(p) for p in generator.parameters()], share)
     buffers = list(averaged.buffers())
     if buffers:
         torch._foreach_copy_(buffers, list(generator.buffers()))
@@ -238,13 +270,6 @@ def _check_finite(name: str, value: float, step: int, config: TrainerConfig) -> 
             f"training: the {name} is {value} at step {step}; train anew (resume=never) with a lower "
             f"trainer.learning_rate (now {config.learning_rate:g}); the checkpoints of this run are from before"
         )
-
-
-def _sum_over_processes(value: Tensor) -> Tensor:
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
 
 
 def _due(step: int, every: int) -> bool:

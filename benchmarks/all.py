@@ -64,7 +64,7 @@ PARTS = (
     Part("cifar10 zoo", "zoo_speed", ("cifar10",), 60, data=True),
     Part("published RPG, identities", "rpg_speed", ("train/resnet18_paper_identities/compiled",), 40),
     Part("default RPG, compiled", "rpg_speed", ("*/resnet18/compiled", "*/convnext_large/compiled"), 60),
-    Part("published G.pt, graphs", "gpt_speed", ("sample/mnist_paper/* graphs",), 40),
+    Part("published G.pt, without graphs", "gpt_speed", ("sample/mnist_paper/* graphs",), 40),
     Part("published G.pt, eager", "gpt_speed", ("*/mnist_paper/bfloat16", "*/mnist_paper/tf32"), 60),
     Part("published G.pt, CIFAR-10", "gpt_speed", ("*/cifar10_paper/*",), 90),
     Part("published G.pt, tf32", "gpt_speed", ("train/mnist_paper/tf32 compiled", "train/mnist_paper/float32"), 70),

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.timing import Clock, Timing, reset_peak, summarize
-from Gpt.checkpoint import CheckpointFolder, TrainingState
+from Gpt.checkpoint import CheckpointFolder, Stateful, TrainingState
 from Gpt.generator import Batch, Generator
 from Gpt.report.logger import Loggers
 from Gpt.tasks import TASK_METADATA, Task, check_entry
@@ -30,13 +29,13 @@ class NoCheckpoints(CheckpointFolder):
     def __init__(self) -> None:
         super().__init__(Path("unwritten"), {})
 
-    def save(self, state: TrainingState, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, state: TrainingState, model: Stateful, ema: Stateful, optimizer: Stateful) -> None:
         """Nothing."""
 
-    def save_best(self, state: TrainingState, ema: nn.Module, facts: dict[str, Any]) -> None:
+    def save_best(self, state: TrainingState, ema: Stateful, facts: dict[str, Any]) -> None:
         """Nothing."""
 
-    def load_best(self, generator: nn.Module) -> dict[str, Any]:
+    def load_best(self, generator: Stateful) -> dict[str, Any]:
         """Nothing: the generator keeps the weights of the last step."""
         return {}
 

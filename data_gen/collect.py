@@ -20,7 +20,7 @@ from data_gen.adapters import train_adapter_population
 from data_gen.ppo import train_ppo_population
 from data_gen.single import total_iterations_of, train_one_by_one
 from data_gen.vision import iterations_of, train_supervised_population
-from Gpt.data import shards
+from Gpt.data import shards, sources
 from Gpt.data.shards import Manifest
 from Gpt.errors import ConfigError, TaskError
 from Gpt.masks import MaskSplit, label_map
@@ -88,6 +88,8 @@ def _recipe_record(task: Task) -> dict[str, Any]:
     """What the networks of a zoo depend on: the recipe and, of a family, which run has which of its members."""
     recipe = _recipe(task)
     record = {"type": type(recipe).__name__, **dataclasses.asdict(recipe)}
+    if sources.limit() is not None:
+        record["examples"] = sources.limit()
     if task.family is not None:
         record["family"] = dataclasses.asdict(task.family)
     return json.loads(json.dumps(record))  # in the types that a manifest gives back

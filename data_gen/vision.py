@@ -2,10 +2,18 @@
 
 Every run has its own initialisation and mini-batches. All runs are rows of one `[R, D]` tensor, and a step is a handful
 of batched kernels whatever R is. The data set is resident once; a step gathers every run's mini-batch from it.
+
+What a step of 2,048 MLPs 784-10-10 costs on an H100 (3 TB/s): mini-batches of 128 images are 822 MB in float32, written
+once and read three times (to gather them, and for the products of either direction), 1.1 ms. In bfloat16, in which GPUs
+store the images and multiply, that is 0.55 ms; weights, gradients, momentum and sums stay in float32, 0.1 ms. The
+products are 8.4 GFLOP, which is nothing. The metrics of one snapshot are 2,048 networks on 17,000 images: 0.56 TFLOP in
+one product per split, 12 ms in float32 and 1.5 ms in TensorFloat-32, and ten passes over 1.4 GB of hidden units and
+logits, 5 ms.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -109,9 +117,10 @@ class TrainingStep:
         self.task, self.recipe, self.device = task, recipe, device
         self.iterations = iterations_of(task, recipe)
         inputs, self.labels = _train_data(task, device)
-        self.inputs = _padded(task, inputs) if recipe.augmentation == "flip_crop" else inputs
-        self.slots = torch.arange(recipe.batch_size, device=device)
         precision = training_precision(task.template, device)
+        stored = inputs.to(precision) if inputs.is_floating_point() else inputs
+        self.inputs = _padded(task, stored) if recipe.augmentation == "flip_crop" else stored
+        self.slots = torch.arange(recipe.batch_size, device=device)
         self.gradient = population_gradient(task.template, task.structure, inputs[:1], precision)
         self.optimizer = optimizer(recipe, updates.trainable(task.template, task.structure).to(device))
         self._run = torch.compile(self._step, dynamic=False) if compile else self._step
@@ -257,7 +266,11 @@ def cross_entropy_and_error(
     labels: Int[Tensor, " N"],
     label_map: Int[Tensor, "P classes"] | None = None,
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """Mean cross-entropy (nats) and top-1 error (percent) of P networks, in pieces of bounded memory."""
+    """Mean cross-entropy (nats) and top-1 error (percent) of P networks, in pieces of bounded memory.
+
+    On a GPU the products are in TensorFloat-32, of which labels and prompts notice nothing; what is reported of a
+    network in the end is measured by `Gpt.evaluation`, in float32.
+    """
     population = Population(with_shared_inputs(task.template), task.structure, weights)
     networks, examples = population.piece(inputs)
     sums = _compiled_sums if weights.is_cuda else loss_and_error_sums
@@ -266,7 +279,8 @@ def cross_entropy_and_error(
         population.weights = weights[p : p + networks]
         loss, error = torch.zeros(2, len(population), device=weights.device)
         for n in range(0, len(inputs), examples):
-            logits = population(inputs[n : n + examples]).float()
+            with _tensor_float_32(weights.device):
+                logits = population(inputs[n : n + examples]).float()
             wanted = labels[n : n + examples].expand(logits.shape[:-1])
             if label_map is not None:
                 wanted = label_map[p : p + networks].to(wanted.device).gather(1, wanted)
@@ -276,6 +290,17 @@ def cross_entropy_and_error(
         losses.append(loss / len(inputs))
         errors.append(100 * error / len(inputs))
     return torch.cat(losses), torch.cat(errors)
+
+
+@contextlib.contextmanager
+def _tensor_float_32(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 tensors in TensorFloat-32 on a GPU; a CPU's stay as they are."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def loss_and_error_sums(

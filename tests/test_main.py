@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from hydra import compose, initialize_config_dir
 
 import main
 from experiment import Experiment
+from Gpt.adapters.conditions import hashed_words
 from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, TaskError, UserError
+from Gpt.report.figures import save_figures
 from Gpt.report.logger import read_metrics
 from Gpt.tasks import TASK_METADATA, check_entry
 
@@ -70,13 +74,14 @@ def here(workplace, tmp_path, monkeypatch) -> Path:
 def unmeasured(monkeypatch):
     """Evaluation, which takes longest, is left out."""
     monkeypatch.setattr("experiment.evaluate", lambda *_, **__: "results")
+    monkeypatch.setattr(main, "side_by_side", lambda results, *_: results)
     monkeypatch.setattr(main, "report", lambda *_: None)
 
 
 def test_a_run_leaves_everything_behind(workplace):
     folder = workplace / "runs" / "digits_loss"
     expected = {"config.json", "config.yaml", "metrics.jsonl", "results.json", "report.html", "summary.json"}
-    assert expected <= {f.name for f in folder.iterdir()}
+    assert expected | {"metrics.csv"} <= {f.name for f in folder.iterdir()}
     assert len(list((folder / "figures").iterdir())) > 3
     assert (folder / "checkpoints" / "latest.json").is_file()
     lines = read_metrics(folder / "metrics.jsonl")
@@ -227,7 +232,7 @@ def test_misspellings_are_answered_with_the_nearest_word(argument, words):
         ("trainer.steps=0", ["trainer.steps", "greater than 0"]),
         ("trainer.schedule=lineer", ["trainer.schedule", "'linear'", "'cosine'"]),
         ("trainer.precision=float16", ["trainer.precision", "'bfloat16'"]),
-        ("logger.wandb=sometimes", ["logger.wandb", "offline"]),
+        ("logger.mode=sometimes", ["logger.mode", "offline"]),
         ("task_modules=my_tasks.py", ["task_modules", "my_tasks.py"]),
     ],
 )
@@ -235,6 +240,9 @@ def test_wrong_values_are_named(argument, words):
     with pytest.raises(ConfigError) as caught:
         config_of(argument)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+FROM_NOISE = ("generator={name: rpg, width: 32, depth: 1, heads: 2, identities: 3, steps: 2}",)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +257,8 @@ def test_wrong_values_are_named(argument, words):
         (["generator.heads=3"], ConfigError, ["generator.heads=3", "generator.width=32"]),
         (["generator.sampler=ddpm"], ConfigError, ["sampler", "ddpm"]),
         (["zoo.snapshots=1"], ConfigError, ["snapshots"]),
+        (["zoo.refresh_every=5"], ConfigError, ["zoo.refresh_every", "zoo.store=false"]),
+        (["zoo.refresh_every=5", "zoo.store=false", *FROM_NOISE], ConfigError, ["refresh_every", "identities"]),
     ],
 )
 def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, error, words):
@@ -329,6 +339,92 @@ def test_the_command_itself(here):
     assert files(here) == before
 
 
+def less_the_clock(found: Any) -> Any:
+    """Results without seconds, and without the optimisers, whose step counts follow from them."""
+    if isinstance(found, dict):
+        return {k: less_the_clock(v) for k, v in found.items() if "seconds" not in k and k != "break_even"}
+    if isinstance(found, list):
+        rows = [row for row in found if not isinstance(row, dict) or row.get("kind") != "optimiser"]
+        return [less_the_clock(row) for row in rows]
+    return found
+
+
+def test_two_processes_find_what_one_finds(here):
+    """All of the evaluation, one-update curves included: the same numbers, to the bit."""
+    settings = [*TINY, "test_only=true", "evaluation.max_batch=7"]
+    main.run(Experiment(config_of(*settings), "digits_loss"))
+    file = here / "runs" / "digits_loss" / "results.json"
+    expected = less_the_clock(json.loads(file.read_text()))
+    file.unlink()
+    shutil.rmtree(here / "zoos")  # both processes collect it again
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    call = [*launcher, str(ROOT / "main.py"), *settings]
+    ended = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("evaluating: one update") == 1
+    assert expected["curves"] and less_the_clock(json.loads(file.read_text())) == expected
+
+
+def run_twin(name: str, *arguments: str, settings: list[str] = TINY):
+    config = config_of(*TINY, *arguments, f'beside=["digits_loss {shlex.join(settings)}"]', name=name)
+    return main.run(Experiment(config, name))
+
+
+def test_generation_one_update_and_training_side_by_side_in_one_command(here, monkeypatch):
+    finished = files(here / "runs" / "digits_loss")
+    monkeypatch.setattr(main, "save_figures", save_figures)
+    results = run_twin("digits_rpg")
+    assert files(here / "runs" / "digits_loss") == finished  # reused, and so is its zoo
+    rows = {row.name: row for row in results.table}
+    assert {"RPG, written from noise", "G.pt, one update (digits_loss)", "ordinary training (digits_loss)"} <= set(rows)
+    (curve,) = results.training_curves
+    assert len(curve.x) == 6 and curve.x[0] == 0
+    folder = here / "runs" / "digits_rpg"
+    assert (folder / "figures" / "side_by_side.png").is_file()
+    assert "G.pt, one update (digits_loss)" in (folder / "report.html").read_text()
+    collecting, reading = (
+        json.loads((here / "runs" / name / "summary.json").read_text())["zoo_seconds"]
+        for name in ("digits_loss", "digits_rpg")
+    )
+    assert reading > collecting  # a zoo that another run collected has cost what it has cost
+
+
+def test_what_stands_beside_is_run_first_on_the_same_zoo(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "train", lambda *_: order.append("trained") or pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        run_twin("digits_rpg", settings=["run.name=first", "trainer.steps=9", "zoo.runs=640"])
+    stored = json.loads((tmp_path / "runs" / "first" / "config.json").read_text())
+    assert stored["zoo"]["runs"] == 96 and stored["trainer"]["steps"] == 9 and stored["condition"]["names"]
+    assert order == ["trained"] and not (tmp_path / "runs" / "digits_rpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("digits_los", ["no configuration 'digits_los'", "'digits_loss'"]),
+        ("digits_loss trainer.stepz=1", ["trainer.stepz", "'steps'"]),
+        ("digits_error", ["digits_error is about error, this run about loss"]),
+    ],
+)
+def test_what_cannot_stand_beside_is_named_before_anything_is_trained(tmp_path, monkeypatch, entry, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        main.run(Experiment(config_of(*TINY, f'beside=["{entry}"]', name="digits_rpg"), "digits_rpg"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "zoos").exists()
+
+
+def test_networks_from_noise_for_a_wanted_loss(here):
+    results = run_twin("digits_loss_rpg")
+    names = [row.name for row in results.table]
+    assert names[0] == "RPG, written from noise" and "G.pt, one update (digits_loss)" in names
+    assert not any("updates" in name for name in names if "digits_loss" not in name)  # nothing to update again
+    assert {curve.name for curve in results.curves} >= {"held-out starts, attainable", "shuffled prompts", "retrieval"}
+
+
 MASKED = [
     "zoo.runs=136", "zoo.shard_runs=136", "zoo.snapshots=2", "zoo.recipe={epochs: 2}", "generator.width=32",
     "generator.depth=1", "generator.heads=2", "trainer.steps=4", "trainer.batch_size=16", "trainer.warmup=2",
@@ -359,9 +455,35 @@ def test_a_family_of_masks_from_the_zoo_to_the_report(tmp_path, monkeypatch, cap
     assert [row.metrics for row in repeated.table] == [row.metrics for row in results.table]
 
 
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("class_mask_and_metric", "asked for error"),
+        ("class_mask_and_text", "RPG, unseen masks in words alone"),
+        ("text", "RPG, unseen masks"),
+    ],
+)
+def test_conditions_of_a_family_alone_and_together(tmp_path, monkeypatch, condition, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, "save_figures", lambda *_: {})
+    monkeypatch.setattr("experiment.find_model", lambda: None)
+    monkeypatch.setattr("experiment.SentenceEncoder", lambda **_: hashed_words)
+    arguments = [*MASKED, "evaluation.samples_per_prompt=1", f"condition={condition}"]
+    results = main.run(Experiment(config_of(*arguments, name="digits_mask_rpg"), "digits_mask_rpg"))
+    assert any(words in f"{row.name}; {row.note}" for row in results.table)
+
+
+def test_without_the_sentence_model_text_is_refused_before_anything_is_collected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("Gpt.text.BUNDLED", "no_such_package")
+    with pytest.raises(ConfigError, match=r"not installed; .*gpt-weights\[text\]"):
+        main.run(Experiment(config_of(*MASKED, name="digits_text_rpg"), "digits_text_rpg"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
     config = config_of("condition=none", name="digits_mask_rpg")
-    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*condition.names=\\[class_mask\\]"):
+    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*names=\\[class_mask\\]"):
         _ = Experiment(config, "digits_mask_rpg").task
 
 

@@ -74,6 +74,7 @@ _DIGITS_MASK_RECIPE = SupervisedRecipe(epochs=30, weight_decay=2e-3, shared_init
 _MNIST_MASK_RECIPE = SupervisedRecipe(epochs=10, shared_init=True)
 _CIFAR10_MASK_RECIPE = replace(_CIFAR10_RECIPE, shared_init=True)
 _COMPLEMENTS_OUT = MaskSplit(held_out=64, validation=32)
+_COMPLEMENTS_IN = replace(_COMPLEMENTS_OUT, complements=True)  # what swapping two outputs is worth
 _NEIGHBOURS_OUT = MaskSplit(held_out=32, validation=16, radius=1)  # more held-out masks would leave none to train on
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -85,9 +86,12 @@ TASKS: dict[str, dict[str, Any]] = {
     "cifar10_loss": _classification("cifar10", "loss", ConvNet, _CIFAR10_RECIPE, 1.2, 1.4),
     "cifar10_error": _classification("cifar10", "error", ConvNet, _CIFAR10_RECIPE, 35.0, 45.0),
     "digits_mask": _mask_family("digits", _digits_mask_mlp, _DIGITS_MASK_RECIPE, _COMPLEMENTS_OUT),
+    "digits_mask_near": _mask_family("digits", _digits_mask_mlp, _DIGITS_MASK_RECIPE, _COMPLEMENTS_IN),
     "digits_mask_far": _mask_family("digits", _digits_mask_mlp, _DIGITS_MASK_RECIPE, _NEIGHBOURS_OUT),
     "mnist_mask": _mask_family("mnist", _mnist_mask_mlp, _MNIST_MASK_RECIPE, _COMPLEMENTS_OUT),
+    "mnist_mask_near": _mask_family("mnist", _mnist_mask_mlp, _MNIST_MASK_RECIPE, _COMPLEMENTS_IN),
     "mnist_mask_far": _mask_family("mnist", _mnist_mask_mlp, _MNIST_MASK_RECIPE, _NEIGHBOURS_OUT),
     "cifar10_mask": _mask_family("cifar10", _cifar10_mask_net, _CIFAR10_MASK_RECIPE, _COMPLEMENTS_OUT, "cifar10"),
+    "cifar10_mask_near": _mask_family("cifar10", _cifar10_mask_net, _CIFAR10_MASK_RECIPE, _COMPLEMENTS_IN, "cifar10"),
     "cifar10_mask_far": _mask_family("cifar10", _cifar10_mask_net, _CIFAR10_MASK_RECIPE, _NEIGHBOURS_OUT, "cifar10"),
 }

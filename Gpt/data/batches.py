@@ -11,6 +11,7 @@ from torch import Tensor
 
 from Gpt.data.augmentation import random_index
 from Gpt.data.zoo import Zoo
+from Gpt.descriptions import SENTENCES, Descriptions
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Prompt
 from Gpt.masks import MaskSplit
@@ -41,6 +42,7 @@ class BatchSampler:
         permute: rename the hidden units of every example, the same way in start and target.
         identities: how many training runs have an identity, which prompts then name as "identity", Int `[B]`: 0, 1, …
             in the order of the zoo. Runs of other splits have none and borrow those of training runs in turn.
+        descriptions: what the condition "text" takes the sentences of a run's mask from, one of them for each example.
 
     Raises:
         ConfigError: the zoo does not go with the conditions, the starts or the number of identities.
@@ -57,6 +59,7 @@ class BatchSampler:
         with_start: bool,
         permute: bool,
         identities: int = 0,
+        descriptions: Descriptions | None = None,
     ):
         if with_start and zoo.snapshots < 2:
             raise ConfigError("this generator learns from pairs of snapshots, but the zoo has one snapshot of each run")
@@ -65,6 +68,12 @@ class BatchSampler:
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
         self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
         self.masks = _masks_of_rows(zoo, task) if "class_mask" in conditions else None
+        self.sentences = None
+        if "text" in conditions:
+            masks = _masks_of_rows(zoo, task, "text")[self.rows] > 0.5
+            if descriptions is None:
+                raise ConfigError("condition text: there are no sentences about the class masks; give `descriptions`")
+            self.sentences = descriptions(masks, split).to(zoo.device)
         self.identities = identities
         runs = len(self.rows)
         if identities and split == "train" and runs != identities:
@@ -80,6 +89,9 @@ class BatchSampler:
             index = random_index(self.zoo.structure, self.task.aug_fn, self.task.template, count, rng)
             weights = [flat.gather(1, index) for flat in weights]
         prompt = self._prompt(rows, start, target)
+        if self.sentences is not None:
+            which = torch.randint(SENTENCES, (count,), generator=rng, device=rng.device)
+            prompt["text"] = self.sentences[chosen, which]
         if self.identities:
             prompt["identity"] = chosen % self.identities
         return Batch(weights[0], weights[1] if self.with_start else None, prompt)
@@ -110,11 +122,11 @@ def _uniform(count: int, rng: torch.Generator) -> Float[Tensor, " count"]:
     return torch.rand(count, generator=rng, device=rng.device)
 
 
-def _masks_of_rows(zoo: Zoo, task: Task) -> Float[Tensor, "runs classes"]:
+def _masks_of_rows(zoo: Zoo, task: Task, condition: str = "class_mask") -> Float[Tensor, "runs classes"]:
     """The mask that each run was trained on."""
     if not isinstance(task.family, MaskSplit):
         raise ConfigError(
-            f"condition class_mask: task {task.name!r} has no masks; choose a task with the key 'family', such as "
+            f"condition {condition}: task {task.name!r} has no masks; choose a task with the key 'family', such as "
             "digits_mask, or another condition"
         )
     return task.family.mask_of_runs(zoo.run_ids).float()

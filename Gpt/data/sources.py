@@ -34,26 +34,41 @@ class Splits:
 class _Settings:
     roots: tuple[Path, ...] = (Path("data"),)
     download: bool = True
+    examples: int | None = None
 
 
 _settings = _Settings()
 
 
-def configure(root: str | None, download: bool = True) -> None:
-    """Say where data files are; called once, by the entry points, before a task is used."""
+def configure(root: str | None, download: bool = True, examples: int | None = None) -> None:
+    """Say where data files are; called once, by the entry points, before a task is used.
+
+    Args:
+        examples: keep only the first this many of each split, for a machine that is small beside the data set.
+    """
     _settings.roots = tuple(Path(r) for r in dict.fromkeys(filter(None, (root, "data"))))
     _settings.download = download
+    _settings.examples = examples
     load.cache_clear()
 
 
 @cache
 def load(name: str) -> Splits:
-    """Read one data set: "digits", "mnist", "fashion_mnist" or "cifar10".
+    """Read one data set: "digits", "mnist", "fashion_mnist" or "cifar10", as far as `configure` says.
 
     Raises:
         DataError: no files were found and none could be downloaded; names every place that was looked at.
     """
-    return _READERS[name]()
+    splits = _READERS[name]()
+    if _settings.examples is None:
+        return splits
+    kept = slice(_settings.examples)
+    return Splits(*((x[kept].clone(), y[kept].clone()) for x, y in (splits.train, splits.validation, splits.test)))
+
+
+def limit() -> int | None:
+    """The number of examples that each split was cut to, None for whole ones."""
+    return _settings.examples
 
 
 def _digits() -> Splits:

@@ -34,6 +34,7 @@ from Gpt.data.adapter_batches import (
 )
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
+from Gpt.distributed import Rows, busy, from_first, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation import adapter_baselines as baselines
 from Gpt.evaluation import costs
@@ -165,19 +166,19 @@ class AdapterBench:
 
     @torch.no_grad()
     def write(self, prompts: Float[Tensor, "tasks N features"]) -> Float[Tensor, "tasks D"]:
-        """An adapter for every set of prompts, at most `max_batch` at once."""
-        parts = []
-        for rows in torch.arange(len(prompts)).split(self.config.max_batch):
-            parts.append(
-                self.generator.sample(
-                    prompt_for(self.generator, prompts[rows]),
-                    count=len(rows),
-                    steps=self.config.steps,
-                    guidance=self.config.guidance,
-                    seed=derive_seed(self.config.seed, "adapters", int(rows[0])),
-                ).float()
+        """An adapter for every set of prompts, `max_batch` at once, shared by the processes."""
+
+        def write(chunk: slice) -> Rows:
+            written = self.generator.sample(
+                prompt_for(self.generator, prompts[chunk]),
+                count=chunk.stop - chunk.start,
+                steps=self.config.steps,
+                guidance=self.config.guidance,
+                seed=derive_seed(self.config.seed, "adapters", chunk.start),
             )
-        return torch.cat(parts)
+            return {"weights": written.float()}
+
+        return in_chunks(write, len(prompts), self.config.max_batch)["weights"]
 
     def line(
         self,
@@ -208,7 +209,7 @@ class AdapterBench:
         self.write(first)  # what is compiled or allocated at first is not timed
         began = time.perf_counter()
         self.write(first).sum().item()  # waits for the device
-        seconds = (time.perf_counter() - began) / len(first)
+        seconds = from_first(time.perf_counter() - began) * busy(len(first), self.config.max_batch) / len(first)
         label = self.config.label
         written = {split: self.write(prompts) for split, prompts in sets.items()}
         lines = [self.line(label, "generator", written, seconds=seconds)]
@@ -345,7 +346,7 @@ class AdapterBench:
         What it took to train adapters that were imported is not known, and counts as nothing.
         """
         prompts = self.prompts(self.splits[0])[:1]
-        sample = costs.count_flops(lambda: self.write(prompts))
+        sample = from_first(costs.count_flops(lambda: self.write(prompts)))
         answers = self.answers("train")[:, :1].trimmed()
         base = self.fresh.expand(len(answers.tokens), -1)
         forward = costs.count_flops(lambda: answer_scores(self.base, self.recipe.spec, base, answers)) / len(base)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from Gpt.data.alignment import align
 from Gpt.data.zoo import Zoo
+from Gpt.distributed import from_first
 from Gpt.evaluation import baselines, costs, optimisers, prompting
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.novelty import Bank, novelty
@@ -46,7 +47,7 @@ class EvaluationConfig:
         soup: networks averaged into one soup.
         noise_scales: standard deviations of the noise baseline, in units of each tensor's own.
         steps, guidance: of the sampler, see `Generator.sample`.
-        max_batch: networks written at once.
+        max_batch: networks written at once, by one process; several processes share such batches.
         novelty_networks: networks of each set whose novelty is measured.
         novelty_runs: training runs that they are compared with, the best ones if there are more.
         novelty_behaviours: training networks whose mistakes they are compared with.
@@ -157,7 +158,7 @@ class Update:
 
     Attributes:
         networks: `[n, D]`, one for each start.
-        seconds, flops: of writing one network.
+        seconds, flops: of writing one network; seconds of all processes that were at it.
     """
 
     rows: list[Row]
@@ -212,7 +213,8 @@ class Bench:
         began = time.perf_counter()
         written = self.writer(self.held_out, wanted[:, None].expand(-1, samples), "one update")
         written.sum().item()  # waits for the device
-        seconds = (time.perf_counter() - began) / (len(wanted) * samples)
+        count = len(wanted) * samples
+        seconds = from_first(time.perf_counter() - began) * self.writer.processes(count) / count
         flops = costs.sample_flops(self.generator, self.held_out, config.steps, config.guidance)
         networks = written[:, 0]
         note = f"asked for {task.metric} {wanted.mean():.3g}, chosen on validation data"

@@ -6,6 +6,8 @@ masks are written for and measured once, on test images.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,15 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from Gpt.data.zoo import Zoo
+from Gpt.descriptions import Descriptions
+from Gpt.distributed import Rows, busy, from_first, in_chunks
 from Gpt.errors import ConfigError
 from Gpt.evaluation import baselines, costs
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
 from Gpt.evaluation.population import test_population
-from Gpt.evaluation.prompting import evaluating
+from Gpt.evaluation.prompting import best_attained, evaluating, validation_metric
 from Gpt.evaluation.results import Costs, Results, Row
 from Gpt.evaluation.statistics import bootstrap_interval
-from Gpt.generator import Generator
+from Gpt.generator import Generator, Prompt
 from Gpt.masks import (
     MaskSplit,
     hamming,
@@ -29,11 +33,13 @@ from Gpt.masks import (
     nearest_network,
     nearest_or_complement,
     ridge_networks,
+    swap_outputs,
 )
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
 GUIDANCE = (1.0, 1.5, 2.0)
+WISHES = (0.0, 0.1, 0.25, 0.5)  # quantiles of what trained networks reach, the best first
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
@@ -45,6 +51,8 @@ def evaluate_family(
     device: torch.device | str,
     spent: Spent = Spent(),
     *,
+    conditions: Sequence[str] = ("class_mask",),
+    descriptions: Descriptions | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Judge a generator on the held-out masks of a family, beside everything that it has to beat.
@@ -53,17 +61,20 @@ def evaluate_family(
         config: `samples_per_prompt` networks are written for each mask; `guidance` is one more candidate of the
             selection; `label`, `steps`, `max_batch` and `seed` mean what they always do.
         spent: on the generator and on its zoo.
+        conditions: what the generator is prompted with. A metric that is asked for together with the mask is chosen on
+            the validation masks.
+        descriptions: sentences for a generator that is prompted with text, in wordings that training did not have.
 
     Raises:
         ConfigError: the task is no family.
     """
     say = progress or (lambda phrase: None)
-    bench = FamilyBench(generator, task, zoo, config, device)
+    bench = FamilyBench(generator, task, zoo, config, device, conditions, descriptions)
     with evaluating(generator):
         say("choosing the guidance")
-        guidance = bench.choose_guidance()
+        request = bench.choose_request()
         say("unseen masks")
-        rows, paid = bench.written(guidance, spent)
+        rows, paid = bench.written(request, spent)
         say("baselines")
         rows += [bench.ordinary_training(paid), *bench.trivial_networks(), bench.majority_class()]
     return Results(
@@ -77,49 +88,109 @@ def evaluate_family(
 
 
 def family_score(
-    generator: Generator, task: Task, zoo: Zoo, config: EvaluationConfig, device: torch.device | str
+    generator: Generator,
+    task: Task,
+    zoo: Zoo,
+    config: EvaluationConfig,
+    device: torch.device | str,
+    *,
+    conditions: Sequence[str] = ("class_mask",),
+    descriptions: Descriptions | None = None,
 ) -> dict[str, float]:
     """What training watches: the mean over all validation masks, a network each, and the worst of them.
 
     Returns:
         `validation_<metric>` and `validation_worst_mask`, both on validation images.
     """
-    bench = FamilyBench(generator, task, zoo, config, device)
+    bench = FamilyBench(generator, task, zoo, config, device, conditions, descriptions)
     with evaluating(generator):
-        weights = bench.write(bench.family.validation_masks, "validation score", config.guidance)
+        weights = bench.write(bench.family.validation_masks, "validation score", bench.request)
     metric = bench.validation_metric(weights, bench.family.validation_masks)
     worst = metric.max() if task.minimize else metric.min()
     return {f"validation_{task.metric}": float(metric.mean()), "validation_worst_mask": float(worst)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """How networks are asked for.
+
+    Attributes:
+        conditions: that a mask is told by, "class_mask" and "text".
+        wanted: metric to ask for, of a generator that is prompted with one.
+        wordings: the split whose wordings sentences are put in.
+    """
+
+    guidance: float
+    conditions: tuple[str, ...] = ("class_mask",)
+    wanted: float | None = None
+    wordings: str = "validation"
 
 
 class FamilyBench:
     """One evaluation's parts, each a method; what they share is made once."""
 
     def __init__(
-        self, generator: Generator, task: Task, zoo: Zoo, config: EvaluationConfig, device: torch.device | str
+        self,
+        generator: Generator,
+        task: Task,
+        zoo: Zoo,
+        config: EvaluationConfig,
+        device: torch.device | str,
+        conditions: Sequence[str] = ("class_mask",),
+        descriptions: Descriptions | None = None,
     ):
         self.family = family_of(task)
         self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
-        self.masks = self.family.test_masks
+        self.masks, self.conditions, self.descriptions = self.family.test_masks, conditions, descriptions
 
-    def write(self, masks: Bool[Tensor, "P classes"], name: str, guidance: float) -> Float[Tensor, "P D"]:
-        """A network for every mask, at most `max_batch` at once; `name` names the noise.
+    @property
+    def request(self) -> Request:
+        """The one that nothing was chosen for: the best metric that a training run attained."""
+        wanted = best_attained(self.zoo, self.task) if "target_metric" in self.conditions else None
+        told = tuple(name for name in ("class_mask", "text") if name in self.conditions)
+        return Request(self.config.guidance, told, wanted)
+
+    def write(self, masks: Bool[Tensor, "P classes"], name: str, request: Request) -> Float[Tensor, "P D"]:
+        """A network for every mask, `max_batch` at once, shared by the processes; `name` names the noise.
 
         A generator that needs starts gets the initialisations of the held-out runs, one after the other.
         """
-        parts = []
-        for rows in torch.arange(len(masks)).split(self.config.max_batch):
-            parts.append(
-                self.generator.sample(
-                    {"class_mask": masks[rows].float().to(self.device)},
-                    self._starts[rows % len(self._starts)] if self.generator.needs_start else None,
-                    count=len(rows),
-                    steps=self.config.steps,
-                    guidance=guidance,
-                    seed=derive_seed(self.config.seed, name, int(rows[0])),
-                ).float()
+
+        def write(chunk: slice) -> Rows:
+            rows = torch.arange(chunk.start, chunk.stop)
+            start = self._starts[rows % len(self._starts)] if self.generator.needs_start else None
+            written = self.generator.sample(
+                self._prompt(masks[rows], rows, start, request),
+                start,
+                count=len(rows),
+                steps=self.config.steps,
+                guidance=request.guidance,
+                seed=derive_seed(self.config.seed, name, chunk.start),
             )
-        return torch.cat(parts)
+            return {"weights": written.float()}
+
+        return in_chunks(write, len(masks), self.config.max_batch)["weights"]
+
+    def _prompt(
+        self,
+        masks: Bool[Tensor, "P classes"],
+        numbers: Int[Tensor, " P"],
+        start: Float[Tensor, "P D"] | None,
+        request: Request,
+    ) -> Prompt:
+        """The masks, as bits and in words (which words, the networks' numbers say), and, where it is asked for, (metric
+        of the start on its mask, wanted metric)."""
+        prompt: Prompt = {}
+        if "class_mask" in request.conditions:
+            prompt["class_mask"] = masks.float().to(self.device)
+        if "text" in request.conditions and self.descriptions is not None:
+            sentences = self.descriptions(masks, request.wordings)
+            prompt["text"] = sentences[torch.arange(len(masks)), numbers % sentences.shape[1]].to(self.device)
+        if request.wanted is not None:
+            given = torch.full((len(masks),), torch.nan) if start is None else self.validation_metric(start, masks)
+            pair = torch.stack([given, torch.full_like(given, request.wanted)], 1)
+            prompt["target_metric"] = pair.float().to(self.device)
+        return prompt
 
     @cached_property
     def _starts(self) -> Float[Tensor, "n D"]:
@@ -166,31 +237,41 @@ class FamilyBench:
 
     # --- the generator ------------------------------------------------------------------------------------------------
 
-    def choose_guidance(self) -> float:
-        """The guidance that is best on the validation masks; without a null condition there is no choice."""
+    def choose_request(self) -> Request:
+        """The wanted metric that serves the validation masks best, where one is asked for, then the guidance; without a
+        null condition there is no guidance to choose."""
+        masks, _ = repeated(self.family.validation_masks, self.config.samples_per_prompt)
+
+        def best(requests: list[Request]) -> Request:
+            scores = [float(self.validation_metric(self.write(masks, "choice", r), masks).mean()) for r in requests]
+            return requests[scores.index(min(scores) if self.task.minimize else max(scores))]
+
+        request = self.request
+        if request.wanted is not None:
+            finals = validation_metric(self.zoo, self.task)[self.zoo.split("train").cpu(), -1]
+            finals = finals[finals.isfinite()]
+            places = [q if self.task.minimize else 1 - q for q in WISHES]
+            request = best([replace(request, wanted=float(finals.quantile(place))) for place in places])
         conditions = getattr(self.generator, "conditions", None)
         if conditions is None or conditions.dropout == 0:
-            return self.config.guidance
-        masks, _ = repeated(self.family.validation_masks, self.config.samples_per_prompt)
-        scores = {}
-        for guidance in sorted({*GUIDANCE, self.config.guidance}):
-            scores[guidance] = float(self.validation_metric(self.write(masks, "choice", guidance), masks).mean())
-        best = min if self.task.minimize else max
-        return best(scores, key=lambda guidance: scores[guidance])
+            return request
+        return best([replace(request, guidance=g) for g in sorted({*GUIDANCE, self.config.guidance})])
 
-    def written(self, guidance: float, spent: Spent) -> tuple[list[Row], Costs]:
+    def written(self, request: Request, spent: Spent) -> tuple[list[Row], Costs]:
         """Networks for the held-out masks, for as many seen ones, and, as a control, for other masks than wanted."""
-        label, samples = self.config.label, self.config.samples_per_prompt
+        label, samples, request = self.config.label, self.config.samples_per_prompt, replace(request, wordings="test")
         masks, of_mask = repeated(self.masks, samples)
         familiar = self.family.train_masks[: len(self.masks)]
-        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", guidance)  # compiles what is timed next
+        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", request)  # compiles what is timed next
         began = time.perf_counter()
-        networks = self.write(masks, "unseen masks", guidance)
+        networks = self.write(masks, "unseen masks", request)
         networks.sum().item()  # waits for the device
-        seconds = (time.perf_counter() - began) / len(masks)
-        flops = costs.count_flops(lambda: self.write(self.masks[:1], "unseen masks", guidance))
+        seconds = from_first(time.perf_counter() - began) * busy(len(masks), self.config.max_batch) / len(masks)
+        flops = from_first(costs.count_flops(lambda: self.write(self.masks[:1], "unseen masks", request)))
         details = {"seconds": seconds, "flops": flops}
-        note = f"{samples} networks a mask; guidance {guidance:g}, chosen on validation masks"
+        note = f"{samples} networks a mask; guidance {request.guidance:g}, chosen on validation masks"
+        if request.wanted is not None:
+            note += f"; asked for {self.task.metric} {request.wanted:.3g}, likewise"
         rows = [
             self.row(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
             self.row(f"{label}, seen masks", "generator", for_familiar, familiar, of_mask, note=note, **details),
@@ -199,7 +280,11 @@ class FamilyBench:
                 note="the networks for unseen masks, each measured on another one",
             ),
         ]  # fmt: skip
-        passes = (self.config.steps or self.generator.default_steps) * (1 if guidance == 1 else 2)
+        if len(request.conditions) > 1:
+            spoken = self.write(masks, "sentences alone", replace(request, conditions=("text",)))
+            name = f"{label}, unseen masks in words alone"
+            rows.append(self.row(name, "generator", spoken, self.masks, of_mask, note=note, **details))
+        passes = (self.config.steps or self.generator.default_steps) * (1 if request.guidance == 1 else 2)
         paid = costs.costs(
             self.task,
             runs=self.zoo.runs,
@@ -237,7 +322,20 @@ class FamilyBench:
             "ridge, with products of classes": self.ridge(products=True),
             "mean network": (mean_network(wanted, weights), "of all seen ones"),
         }
-        return [self.row(name, "baseline", found, wanted, one_each, note=note) for name, (found, note) in sets.items()]
+        rows = [self.row(name, "baseline", found, wanted, one_each, note=note) for name, (found, note) in sets.items()]
+        return [*self.complements(), *rows]
+
+    def complements(self) -> list[Row]:
+        """Networks of the complements with their outputs swapped, for the held-out masks whose complement was seen."""
+        seen, weights = self.seen
+        distance = hamming(~self.masks, seen)
+        of_mask = (distance == 0).any(1).nonzero().squeeze(1)
+        if len(of_mask) == 0:
+            return []
+        best = distance[of_mask].argmin(1).to(weights.device)
+        swapped = swap_outputs(weights[best], self.task.structure)
+        note = f"{len(of_mask)} of {len(self.masks)} masks have theirs in training"
+        return [self.row("complement with swapped outputs", "baseline", swapped, self.masks, of_mask, note=note)]
 
     def ridge(self, products: bool) -> tuple[Float[Tensor, "masks D"], str]:
         """Networks by ridge regression, with the penalty that is best on the validation masks."""
@@ -262,10 +360,11 @@ class FamilyBench:
 
     def notes(self) -> list[str]:
         family = self.family
+        complements = "and from their complements" if not family.complements else "but hold the complements"
         found = [
             f"{family.held_out} masks held out for testing, {family.validation} for validation; the "
             f"{len(family.train_masks)} training masks differ in more than {family.radius} classes from all of these "
-            "and from their complements",
+            + complements,
         ]
         if getattr(self.task.recipe, "shared_init", False):
             found.append(

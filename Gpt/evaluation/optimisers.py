@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt import updates
+from Gpt.distributed import from_first
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
@@ -143,7 +144,7 @@ def step_seconds(task: Task, starts: Starts, seed: int, steps: int = 10) -> floa
     optimise(task, starts.weights, OPTIMISERS[0], [0.1], [1], seed)
     began = time.perf_counter()
     optimise(task, starts.weights, OPTIMISERS[0], [0.1], [steps], seed).sum().item()  # waits for the device
-    return (time.perf_counter() - began) / steps / len(starts.weights)
+    return from_first(time.perf_counter() - began) / steps / len(starts.weights)
 
 
 def _best_rate(task: Task, networks: Float[Tensor, "rates n D"]) -> int:

@@ -1,12 +1,12 @@
 """A task's test function on many networks at once, in bounded memory."""
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from Gpt.distributed import Rows, in_chunks
 from Gpt.errors import TaskError
 from Gpt.population import Population
 from Gpt.tasks import Task
@@ -29,8 +29,8 @@ def test_population(
 ) -> dict[str, Float[Tensor, " P"]]:
     """Measure every network with the task's test function.
 
-    A batched task is called once for every `batch` networks, any other once for each network. A metric that is not a
-    number becomes the worst one, so that a broken network counts as broken.
+    A batched task is called once for every `batch` networks, any other once for each network; several processes share
+    the calls. A metric that is not a number becomes the worst one, so that a broken network counts as broken.
 
     Args:
         masks: of a family, the member (mask) that each network is measured on; the first held-out one when None.
@@ -44,20 +44,20 @@ def test_population(
     """
     device = device or weights.device
     data = task.data(split, device)
-    if not task.batched:
-        nets = _one_by_one(task, weights, device)
-        values = [_first(task.task_test_fn(*_with_mask(data, masks, i), net)) for i, net in enumerate(nets)]
-        return {f"{split}_{task.metric}": _finite_or_worst(torch.tensor(values).float(), task.metric, task.minimize)}
-    columns: dict[str, list[Tensor]] = {}
-    for first in range(0, len(weights), batch):
-        chunk = weights[first : first + batch]
-        inputs = _with_mask(data, masks, slice(first, first + batch))
-        result = task.task_test_fn(*inputs, Population(task.template, task.structure, chunk.to(device)))
-        for metric, value in _named(task, result).items():
-            columns.setdefault(metric, []).append(_column(task, value, len(chunk)))
+    net = None if task.batched else copy.deepcopy(task.template).to(device).eval()
+
+    def measure(chunk: slice) -> Rows:
+        if net is None:
+            population = Population(task.template, task.structure, weights[chunk].to(device))
+            result = task.task_test_fn(*_with_mask(data, masks, chunk), population)
+            return {metric: _column(task, value, len(weights[chunk])) for metric, value in _named(task, result).items()}
+        net.load_state_dict(task.structure.state_dict(weights[chunk.start]))
+        value = _first(task.task_test_fn(*_with_mask(data, masks, chunk.start), net))
+        return {task.metric: torch.tensor([value]).float()}
+
+    columns = in_chunks(measure, len(weights), batch if task.batched else 1)
     return {
-        f"{split}_{metric}": _finite_or_worst(torch.cat(parts), metric, task.minimize)
-        for metric, parts in columns.items()
+        f"{split}_{metric}": _finite_or_worst(values, metric, task.minimize) for metric, values in columns.items()
     }
 
 
@@ -80,28 +80,21 @@ def correct_population(
         raise TaskError(f"task {task.name!r} has no correct_fn, which per-example measures are made from; add one")
     device = device or weights.device
     data = task.data(split, device)
-    if not task.batched:
-        nets = _one_by_one(task, weights, device)
-        return torch.stack([task.correct_fn(*_with_mask(data, masks, i), net).cpu() for i, net in enumerate(nets)])
-    parts = []
-    for first in range(0, len(weights), batch):
-        inputs = _with_mask(data, masks, slice(first, first + batch))
-        population = Population(task.template, task.structure, weights[first : first + batch].to(device))
-        parts.append(task.correct_fn(*inputs, population).cpu())
-    return torch.cat(parts)
+    correct, net = task.correct_fn, None if task.batched else copy.deepcopy(task.template).to(device).eval()
+
+    def judge(chunk: slice) -> Rows:
+        if net is None:
+            population = Population(task.template, task.structure, weights[chunk].to(device))
+            return {"correct": correct(*_with_mask(data, masks, chunk), population).cpu()}
+        net.load_state_dict(task.structure.state_dict(weights[chunk.start]))
+        return {"correct": correct(*_with_mask(data, masks, chunk.start), net)[None].cpu()}
+
+    return in_chunks(judge, len(weights), batch if task.batched else 1)["correct"]
 
 
 def _with_mask(data: tuple, masks: Members | None, networks: int | slice) -> tuple:
     """The test function's inputs with the masks of these networks in the place of the family's first one."""
     return data if masks is None else (*data[:-1], masks[networks].to(data[-1].device))
-
-
-def _one_by_one(task: Task, weights: Float[Tensor, "P D"], device: torch.device | str) -> Iterator[nn.Module]:
-    """The same module with the weights of one network after the other."""
-    net = copy.deepcopy(task.template).to(device).eval()
-    for row in weights:
-        net.load_state_dict(task.structure.state_dict(row))
-        yield net
 
 
 def _first(result) -> float:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from Gpt.data.zoo import Zoo
+from Gpt.distributed import Rows, busy, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.results import PromptCurve
@@ -30,7 +31,7 @@ class Starts:
 
 @dataclass(frozen=True)
 class Writer:
-    """A generator with its sampling settings; asks for networks in batches of at most `max_batch`."""
+    """A generator with its sampling settings; asks for networks in batches of `max_batch`, shared by the processes."""
 
     generator: Generator
     steps: int | None = None
@@ -49,21 +50,24 @@ class Writer:
         rows = torch.arange(len(asked)).repeat_interleave(asked.shape[1])
         given = starts.metric.cpu()[rows] if self.generator.needs_start else torch.full((len(rows),), torch.nan)
         prompts = torch.stack([given, asked.flatten().cpu()], 1).to(starts.weights)
-        parts = []
-        for first in range(0, len(rows), self.max_batch):
-            chunk = slice(first, first + self.max_batch)
+
+        def write(chunk: slice) -> Rows:
             start = starts.weights[rows[chunk].to(starts.weights.device)] if self.generator.needs_start else None
-            parts.append(
-                self.generator.sample(
-                    {"target_metric": prompts[chunk]},
-                    start,
-                    count=len(prompts[chunk]),
-                    steps=self.steps,
-                    guidance=self.guidance,
-                    seed=derive_seed(self.seed, name, first),
-                ).float()
+            written = self.generator.sample(
+                {"target_metric": prompts[chunk]},
+                start,
+                count=len(prompts[chunk]),
+                steps=self.steps,
+                guidance=self.guidance,
+                seed=derive_seed(self.seed, name, chunk.start),
             )
-        return torch.cat(parts).unflatten(0, wanted.shape)
+            return {"weights": written.float()}
+
+        return in_chunks(write, len(rows), self.max_batch)["weights"].unflatten(0, wanted.shape)
+
+    def processes(self, count: int) -> int:
+        """How many processes are at work on `count` networks: seconds of each of them add up."""
+        return busy(count, self.max_batch)
 
 
 @contextmanager

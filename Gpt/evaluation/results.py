@@ -24,6 +24,7 @@ class Row:
         updates: network updates (gradient steps, or generator calls) behind one network; None where it means nothing.
         seconds, flops: cost of one network on this machine, the zoo and the generator's training not included.
         note: one phrase on how it was selected, e.g. "lr 0.3, tuned over 21".
+        run: folder of the other run that found it; empty for this one.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Row:
     seconds: float | None = None
     flops: float | None = None
     note: str = ""
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything one evaluation found. `metric` is the column it is about, such as "test_loss"."""
+    """Everything one evaluation found. `metric` is the column it is about, such as "test_loss".
+
+    `training_curves` are what ordinary training reached after every stored iteration.
+    """
 
     task: str
     metric: str
@@ -116,6 +121,7 @@ class Results:
     curves: list[PromptCurve] = field(default_factory=list)
     recursive: list[Trace] = field(default_factory=list)
     optimisers: list[Trace] = field(default_factory=list)
+    training_curves: list[Trace] = field(default_factory=list)
     novelty: list[Novelty] = field(default_factory=list)
     costs: Costs | None = None
     notes: list[str] = field(default_factory=list)

@@ -10,7 +10,7 @@ Networks are measured set by set and dropped; what is kept of a set is a few num
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from Gpt.data.alignment import align, permutation_distance
 from Gpt.data.zoo import Zoo
+from Gpt.distributed import Rows, busy, from_first, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation import baselines, costs
-from Gpt.evaluation.beside import generator_rows
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
 from Gpt.evaluation.population import correct_population, test_population
@@ -50,7 +50,6 @@ def evaluate_whole(
     spent: Spent = Spent(),
     *,
     recalibrate: bool = False,
-    beside: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Results:
     """Judge unconditionally written networks, beside their training set and everything that is made of it.
@@ -61,15 +60,13 @@ def evaluate_whole(
         config: `networks` are written; `noise_scales`, `soup`, `label`, `steps`, `guidance`, `max_batch`, `seed` and
             the `novelty_…` settings mean what they always do.
         recalibrate: also measure the written networks with re-estimated batch-norm statistics, as a row of its own.
-        beside: folders of finished runs, whose generators' rows are shown in the table as well.
         spent: on the generator and on its zoo.
 
     Raises:
-        ConfigError: there is nothing to recalibrate, or a run beside is not finished or has another metric.
+        ConfigError: there is nothing to recalibrate.
         ZooError: the zoo has fewer than two training networks.
     """
     say = progress or (lambda phrase: None)
-    others = [row for folder in beside for row in generator_rows(folder, f"test_{task.metric}")]
     bench = WholeBench(generator, task, zoo, config, device)
     with evaluating(generator):
         say("writing networks")
@@ -96,7 +93,7 @@ def evaluate_whole(
         task=task.name,
         metric=f"test_{task.metric}",
         minimize=task.minimize,
-        table=[*(measured.row for measured in found), *others],
+        table=[measured.row for measured in found],
         novelty=novelty,
         costs=paid,
         notes=[*bench.notes(recalibrate), f"novelty: a network is good at {bar:.4g} or better in test {task.metric}"],
@@ -152,19 +149,19 @@ class WholeBench:
         self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
 
     def write(self, count: int, name: str) -> Float[Tensor, "count D"]:
-        """`count` networks, at most `max_batch` at once; `name` names the noise."""
-        sizes = [min(self.config.max_batch, count - first) for first in range(0, count, self.config.max_batch)]
-        parts = [
-            self.generator.sample(
+        """`count` networks, `max_batch` at once, shared by the processes; `name` names the noise."""
+
+        def write(chunk: slice) -> Rows:
+            written = self.generator.sample(
                 {},
-                count=size,
+                count=chunk.stop - chunk.start,
                 steps=self.config.steps,
                 guidance=self.config.guidance,
-                seed=derive_seed(self.config.seed, name, i),
-            ).float()
-            for i, size in enumerate(sizes)
-        ]
-        return torch.cat(parts)
+                seed=derive_seed(self.config.seed, name, chunk.start // self.config.max_batch),
+            )
+            return {"weights": written.float()}
+
+        return in_chunks(write, count, self.config.max_batch)["weights"]
 
     @cached_property
     def originals(self) -> Float[Tensor, "m D"]:
@@ -215,8 +212,8 @@ class WholeBench:
         began = time.perf_counter()
         weights = self.write(config.networks, "written")
         weights.sum().item()  # waits for the device
-        seconds = (time.perf_counter() - began) / config.networks
-        details = {"seconds": seconds, "flops": costs.count_flops(lambda: self.write(1, "FLOPs"))}
+        seconds = from_first(time.perf_counter() - began) * busy(config.networks, config.max_batch) / config.networks
+        details = {"seconds": seconds, "flops": from_first(costs.count_flops(lambda: self.write(1, "FLOPs")))}
         sets = [Networks(f"{config.label}, written from noise", "generator", weights, details=details)]
         if recalibrate:
             name, note = f"{config.label}, statistics re-estimated", f"batch norm saw {EXAMPLES:,} training images"
@@ -246,6 +243,7 @@ class WholeBench:
         def noisy(scale: float) -> Callable[[], Tensor]:
             return lambda: baselines.noisy(noised, structure, scale, derive_seed(config.seed, "noise", str(scale)))
 
+        yield "retrieval", lambda: self.originals[:1], "the stored network best on validation data"
         yield "nearest original", lambda: self.originals[nearest], "to each generated network"
         yield "mean network", lambda: self.pool.mean(0, keepdim=True), f"average of {len(self.pool)} originals"
         size = min(config.soup, len(self.pool))

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions, fourier_features
+from Gpt.cuda_graphs import Graphed
 from Gpt.data.normalization import Normalizer
-from Gpt.diffusion.objectives import Objective
+from Gpt.diffusion.objectives import Denoiser, Objective
 from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
@@ -117,6 +118,7 @@ class Gpt(Generator):
         self.conditions = conditions
         self.normalizer = Normalizer(structure)
         self.network = NeuronTransformer(NeuronTokens(structure), config.width, config.depth, config.heads)
+        self._graphed = Graphed(self._estimate, self.network)
 
     @property
     def augment(self) -> bool:
@@ -131,6 +133,7 @@ class Gpt(Generator):
 
     def compile_networks(self) -> None:
         compile_blocks(self.network.blocks)
+        self.graphs = True
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         assert batch.start is not None, "G.pt learns from pairs: batches need a start"
@@ -158,12 +161,13 @@ class Gpt(Generator):
         residual = solve(guided(with_prompt, without, guidance), noise)
         return self.normalizer.decode(begin + residual * self.normalizer.spread)
 
-    def _network(self, start: Tensor, condition: Tensor):
-        def network(r_t: Tensor, t: Tensor) -> Tensor:
-            alpha, sigma = self.objective.alpha_sigma(t)
-            return self.network(r_t, start, alpha, sigma, condition)
+    def _network(self, start: Tensor, condition: Tensor) -> Denoiser:
+        estimate = self._graphed if self.graphs else self._estimate
+        return lambda r_t, t: estimate(r_t, t, start, condition)
 
-        return network
+    def _estimate(self, r_t: Tensor, t: Tensor, start: Tensor, condition: Tensor) -> Tensor:
+        alpha, sigma = self.objective.alpha_sigma(t)
+        return self.network(r_t, start, alpha, sigma, condition)
 
 
 _TIME_OCTAVES = 8

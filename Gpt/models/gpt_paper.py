@@ -49,9 +49,20 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B T width"]) -> Float[Tensor, "B T width"]:
-        projections = self.query(x), self.key(x), self.value(x)
+        layers = self.query, self.key, self.value
+        projections = side_by_side(layers, x) if x.is_cuda else [layer(x) for layer in layers]
         q, k, v = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in projections)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def side_by_side(layers: Sequence[nn.Linear], x: Float[Tensor, "*batch I"]) -> tuple[Float[Tensor, "*batch O"], ...]:
+    """Every layer's output, from one product.
+
+    It fills a GPU better than one product for each, and its gradient by x is one product instead of a sum of several.
+    Joining the weights costs nothing where they are read anyway, to be cast.
+    """
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ The diffusion is DDPM with x0-prediction and 1,000 ancestral steps. There is no 
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
+from Gpt.cuda_graphs import Graphed
 from Gpt.data.zoo import UPSTREAM_STD
 from Gpt.diffusion.objectives import DDPM, Objective
 from Gpt.errors import ConfigError
@@ -113,7 +115,7 @@ class PaperGpt(Generator):
         return [{"params": linear, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
     def compile_networks(self) -> None:
-        self._compiled = True
+        self._compiled = self.graphs = True
         self.network.compile_blocks()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
@@ -147,7 +149,8 @@ class PaperGpt(Generator):
         if guidance != 1:
             raise ConfigError(f"published G.pt has no null prompt for guidance: it must be 1, not {guidance:g}")
         model = self._half_precision_copy() if self.mixed_precision else self.network
-        return solve(self.objective.denoiser(self._network(model, start, prompt)), noise) / self.weight_scale
+        step = Graphed(model, model) if self.graphs else model
+        return solve(self.objective.denoiser(self._network(step, start, prompt)), noise) / self.weight_scale
 
     def _half_precision_copy(self) -> GptPaper:
         """The network with its linear layers in bfloat16: the numbers of autocast, to the bit.
@@ -162,7 +165,7 @@ class PaperGpt(Generator):
             model.compile_blocks()
         return model
 
-    def _network(self, model: GptPaper, start: Float[Tensor, "B D"], prompt: Prompt):
+    def _network(self, model: Callable[..., Tensor], start: Float[Tensor, "B D"], prompt: Prompt):
         """The denoiser `(x_t, t) -> x0 estimate` of one batch, in normalised units."""
         if set(prompt) != {PROMPT} or prompt[PROMPT].shape != (len(start), 2):
             found = {name: list(value.shape) for name, value in prompt.items()}

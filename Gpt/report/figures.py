@@ -26,7 +26,14 @@ from Gpt.report.style import (
     shade,
     styled,
 )
-from Gpt.report.text import comparison_rows, curve_kind, format_interval, metric_label, novelty_kind
+from Gpt.report.text import (
+    comparison_rows,
+    curve_kind,
+    format_interval,
+    metric_label,
+    novelty_kind,
+    side_by_side_rows,
+)
 
 
 @styled
@@ -69,6 +76,34 @@ def optimisers(results: Results) -> Figure:
         axis.axhline(level.mean, color=COLOURS[row.kind], lw=weight, zorder=1.5)
         if math.isfinite(level.high - level.low):
             axis.axhspan(level.low, level.high, color=COLOURS[row.kind], alpha=alpha, lw=0)
+    label_right(axis, [(level.mean, row.name, COLOURS[row.kind]) for row, level in levels])
+    _legend_below(figure)
+    return figure
+
+
+@styled
+def side_by_side(results: Results) -> Figure:
+    """What every way costs in updates of one network, and what it reaches: none for generation and for a stored
+    network, one for one-step optimisation, many for ordinary training, whose course is drawn where the zoo knows it."""
+    rows = _present(side_by_side_rows(results), "training curve and no other run")
+    levels = [(row, row.metrics[results.metric]) for row in rows]
+    figure = new_figure(11.5, 6.0)
+    axis = figure.subplots()
+    _draw_traces(axis, results.training_curves)
+    for place, (row, level) in enumerate(levels):
+        low, mean, high = _finite([level.low, level.mean, level.high])
+        x = row.updates or 0
+        look: dict[str, Any] = {"color": COLOURS[row.kind], "zorder": 3}
+        axis.plot([x, x], [low, high], lw=4, alpha=0.45, solid_capstyle="butt", **look)
+        axis.plot([x], [mean], MARKERS[place % len(MARKERS)], ms=9, label=row.name, **look)
+        axis.axhline(mean, lw=0.9, dashes=(4, 3), color=COLOURS[row.kind], zorder=1.5)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlim(-0.2, 1.2 * max(1, *(row.updates or 0 for row in rows), *(max(t.x) for t in results.training_curves)))
+    drawn = [*_trace_values(results.training_curves), *(level.mean for _, level in levels)]
+    metric_scale(axis, "y", drawn, results.minimize)
+    axis.set_xlabel("updates behind one network")
+    axis.set_ylabel(metric_label(results.metric))
     label_right(axis, [(level.mean, row.name, COLOURS[row.kind]) for row, level in levels])
     _legend_below(figure)
     return figure
@@ -218,6 +253,7 @@ def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str
     metrics = read_metrics(metrics_path)
     figures = {
         "table": table(results) if results.table else None,
+        "side_by_side": side_by_side(results) if side_by_side_rows(results) else None,
         "prompt_alignment": prompt_alignment(results) if results.curves else None,
         "optimisers": optimisers(results) if results.optimisers else None,
         "recursive": recursive(results) if results.recursive else None,

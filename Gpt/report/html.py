@@ -31,6 +31,11 @@ CAPTIONS = {
         "Every way to obtain a network, best first, with the 95 % bootstrap interval of its mean. The bars to beat "
         "are retrieval (returning a stored network) and ordinary training."
     ),
+    "side_by_side": (
+        "One-step optimisation, generation and ordinary training on one axis: how many updates stand behind one "
+        "network (none for what is written from noise or taken from the zoo) and what it reaches, with 95 % intervals. "
+        "The line is ordinary training from its initialisation on, the mean over held-out runs with its band."
+    ),
     "prompt_alignment": (
         "Asked against achieved: one thin line per starting network, the bold line their mean, the dashed diagonal "
         "what was asked. A generator that ignores its prompt draws a flat line. R² is one minus the squared miss over "

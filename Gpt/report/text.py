@@ -92,6 +92,20 @@ def comparison_rows(results: Results) -> list[Row]:
     return [r for r in rows if results.metric in r.metrics and math.isfinite(r.metrics[results.metric].mean)]
 
 
+def side_by_side_rows(results: Results) -> list[Row]:
+    """Generation, one update, ordinary training and the best stored network: the first row of each run's generator,
+    the references, retrieval; finite means only. Nothing where neither another run nor a training curve is there."""
+    if not results.training_curves and not any(row.run for row in results.table):
+        return []
+    rows = [find_row(results, "baseline", "retrieval"), *(row for row in results.table if row.kind == "reference")]
+    first: dict[str, Row] = {}
+    for row in results.table:
+        if row.kind == "generator":
+            first.setdefault(row.run, row)
+    found = [row for row in (*first.values(), *rows) if row is not None and results.metric in row.metrics]
+    return [row for row in found if math.isfinite(row.metrics[results.metric].mean)]
+
+
 def summarise(results: Results) -> str:
     """One paragraph that says what the numbers say: against retrieval and training, alignment, novelty, cost."""
     generator = find_row(results, "generator")

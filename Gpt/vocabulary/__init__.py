@@ -92,9 +92,12 @@ class Vocabulary:
         singles = [tuple(i == k for i in range(len(self.classes))) for k in range(len(self.classes))]
         return tuple(next(a for a in self.attributes if a.mask == single) for single in singles)
 
-    def describe(self, mask: Bool[Tensor, " classes"], seed: int) -> str:
+    def describe(self, mask: Bool[Tensor, " classes"], seed: int, wordings: Sequence[str] | None = None) -> str:
         """A sentence for any mask but the empty one: an attribute of exactly these classes where there is one, else
         (and half of the time) their names, or what to leave out.
+
+        Args:
+            wordings: templates for every sentence; when None, names stand by themselves, and attributes in any wording.
 
         Raises:
             ConfigError: the mask is empty.
@@ -105,8 +108,9 @@ class Vocabulary:
         draw = random.Random(derive_seed(seed, "describe", *(int(x) for x in wanted)))
         known = [a for a in self.attributes if a.mask == wanted]
         if known and draw.random() < 0.5:
-            return _wording(draw, WORDINGS, _noun_phrase(draw, draw.choice(draw.choice(known).phrases)))
-        return _enumeration(draw, self.names, wanted).text
+            return _wording(draw, wordings or WORDINGS, _noun_phrase(draw, draw.choice(draw.choice(known).phrases)))
+        names = _enumeration(draw, self.names, wanted).text
+        return names if wordings is None else _wording(draw, wordings, names)
 
 
 def load_vocabulary(name: str) -> Vocabulary:

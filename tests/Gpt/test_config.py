@@ -52,11 +52,13 @@ def test_nearest_words():
 
 def test_training_settings_hold_what_weights_depend_on_and_nothing_else():
     config = RunConfig()
-    free = {"data", "evaluation", "logger", "run", "device", "resume", "resume_path", "test_only", "collect_only"}
+    free = {"evaluation", "logger", "run", "beside", "device"}
+    free |= {"resume", "resume_path", "test_only", "collect_only", "dry_run"}
     settings = config.training_settings()
     assert set(settings) == {f.name for f in fields(RunConfig)} - free
     assert replace(config, data=DataConfig("elsewhere"), device="cpu").training_settings() == settings
     moved = replace(config, zoo=replace(config.zoo, path="zoo", shard_runs=7, population=3, storage="disk"))
     assert moved.training_settings() == settings
-    for change in ({"seed": 1}, {"zoo": replace(config.zoo, runs=7)}, {"trainer": replace(config.trainer, steps=7)}):
+    changes = {"zoo": replace(config.zoo, runs=7), "trainer": replace(config.trainer, steps=7)}
+    for change in ({"seed": 1}, {"data": DataConfig(examples=9)}, *({key: value} for key, value in changes.items())):
         assert replace(config, **change).training_settings() != settings

@@ -69,6 +69,17 @@ def test_splits_are_disjoint_from_training_up_to_complement_and_radius(held_out,
         assert (tuple(mask.tolist()) in train) != near
 
 
+@pytest.mark.parametrize("radius", [0, 1])
+def test_complements_stay_in_training_on_request(radius):
+    fair, near = masks.MaskSplit(16, 8, radius), masks.MaskSplit(16, 8, radius, complements=True)
+    assert torch.equal(fair.test_masks, near.test_masks)
+    held = torch.cat([near.test_masks, near.validation_masks])
+    assert not as_set(held) & as_set(near.train_masks)
+    if radius == 0:  # else one may be another's neighbour
+        assert as_set(~held) <= as_set(near.train_masks)
+    assert as_set(fair.train_masks) < as_set(near.train_masks)
+
+
 def test_a_larger_radius_trains_on_a_subset_and_tests_on_the_same_masks():
     splits = [masks.MaskSplit(16, 8, radius) for radius in (0, 1, 2)]
     for wide, narrow in zip(splits, splits[1:], strict=False):

@@ -75,6 +75,9 @@ def test_a_pass_holds_as_much_as_it_may_and_one_network_at_least():
         assert numbers * networks * at_once <= 2**22 and at_once <= examples
     assert piece(2**40, 10, torch.device("cpu")) == (1, 1)
     assert piece(20, 10_000, torch.device("cuda"))[0] > piece(20, 10_000, torch.device("cpu"))[0]
+    networks, at_once = piece(40, 10_000, torch.device("cuda"), 2048)
+    assert at_once == 10_000 and 2048 <= networks <= 2**30 // (40 * at_once)
+    assert piece(numbers, 10_000, torch.device("cuda"), 2048)[1] == 1024
 
 
 def test_gradients_are_those_of_each_network_alone_and_dropout_is_left_out():

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import checkpoint, training
+from Gpt import checkpoint
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
@@ -29,6 +30,9 @@ CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
     validate_every=3, checkpoint_every=4, log_every=2, validation_batches=2,
 )  # fmt: skip
+
+
+MUON = replace(CONFIG, muon_learning_rate=0.02)
 
 
 class Toy(Generator):
@@ -170,13 +174,12 @@ def test_a_run_killed_between_steps_continues_to_the_bit(tmp_path, unbroken, kil
 
 
 def test_hidden_matrices_of_muon_continue_to_the_bit_too(tmp_path):
-    config = replace(CONFIG, muon_learning_rate=0.02)
-    run(tmp_path / "muon", config)
+    run(tmp_path / "muon", MUON)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         Killer(patch, 20)
-        run(tmp_path / "killed", config)
+        run(tmp_path / "killed", MUON)
     assert CheckpointFolder(tmp_path / "killed" / "checkpoints", {}).latest_step() == 4
-    run(tmp_path / "killed", config)
+    run(tmp_path / "killed", MUON)
     assert_same(contents(tmp_path / "killed"), contents(tmp_path / "muon"))
 
 
@@ -217,17 +220,38 @@ def test_sigkill_in_the_middle_of_a_checkpoint(tmp_path, unbroken):
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
 
-def test_two_processes_train_what_one_trains(tmp_path, unbroken):
-    children = [subprocess_of(tmp_path, "process", rank, 2) for rank in range(2)]
+def two_processes(folder: Path, mode: str) -> None:
+    children = [subprocess_of(folder, mode, rank, 2) for rank in range(2)]
     outputs = [child.communicate(timeout=120)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
-    found, expected = contents(tmp_path), contents(unbroken)
+
+
+def assert_close(folder: Path, expected_folder: Path) -> None:
+    """Checkpoints of the same names and shapes, and both they and the losses equal up to the order of sums."""
+    found, expected = contents(folder), contents(expected_folder)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
-    losses = [[line.get("train/loss") for line in read_metrics(f / "metrics.jsonl")] for f in (tmp_path, unbroken)]
+    losses = [
+        [line.get("train/loss") for line in read_metrics(f / "metrics.jsonl")] for f in (folder, expected_folder)
+    ]
     assert losses[0] == pytest.approx(losses[1], nan_ok=True)
+
+
+def test_two_processes_train_what_one_trains(tmp_path, unbroken):
+    two_processes(tmp_path, "process")
+    assert_close(tmp_path, unbroken)
+
+
+def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path):
+    run(tmp_path / "one", MUON)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Killer(patch, 20)
+        run(tmp_path / "two", MUON)
+    assert CheckpointFolder(tmp_path / "two" / "checkpoints", {}).latest_step() == 4
+    two_processes(tmp_path / "two", "sharded process")
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 def test_slices_add_up_to_the_whole_batch(tmp_path):
@@ -361,9 +385,10 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
     else:
         rank, world = map(int, numbers)
         store = f"file://{folder / 'rendezvous'}"
-        training.dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        run(folder, rank=rank)
-        training.dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        config = replace(MUON, sharded=True) if mode == "sharded process" else CONFIG
+        run(folder, config, rank=rank)
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import all as everything
-from benchmarks import gpt_speed, growth, rpg_speed, timing, zoo_speed
+from benchmarks import gpt_speed, growth, profile_step, rpg_speed, timing, zoo_speed
 from Gpt.models.gpt_paper import GptPaper
 from Gpt.seeds import rng
 from rpg.tokens import token_sizes
@@ -153,3 +153,15 @@ def test_a_step_of_rpg_never_waits_for_the_device(name):
         x, network = x[0], generator._network(torch.randn(generator.noise_shape[0], 256))
         t = torch.full(x.shape[:1], 3.0)
     assert waits(network, x, t) == []
+
+
+def test_profile_step():
+    records = named(profile_step.main(SMALL))
+    step = records["train/digits"]
+    parts = ("draw", "forward", "backward", "clip", "optimizer", "averaging")
+    assert all(0 < step[f"{part}_host_ms"] <= step[f"{part}_ms"] for part in parts)
+    times = [ms for ms, count, name in step["top_operators"]]
+    assert times == sorted(times, reverse=True) and 0 < sum(times) <= step["operators_ms"]
+    assert any("mm" in name for *_, name in step["top_operators"])
+    assert records["zoo/digits"]["metrics_ms"] > 0 and records["sample/digits_paper"]["steps"] == 2
+    assert 0 < records["attention"]["default_forward_ms"]

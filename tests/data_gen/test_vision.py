@@ -131,6 +131,20 @@ def test_any_constructor_trains_as_by_an_ordinary_loop(constructor, shape):
     torch.testing.assert_close(weights[1, 1], train_one_by_torch_optim(task, RECIPE, 2, 20), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("constructor", [mlp, Tied])
+def test_training_in_bfloat16_keeps_float32_weights_and_stays_near(monkeypatch, constructor):
+    task = task_of(constructor)
+    exact, exact_metrics = train(task, [1, 2], [0, 20])
+    monkeypatch.setattr(vision, "training_precision", lambda template, device: torch.bfloat16)
+    vision._training_step.cache_clear()
+    weights, metrics = train(task, [1, 2], [0, 20])
+    vision._training_step.cache_clear()
+    assert weights.dtype == torch.float32 and torch.equal(weights[:, 0], exact[:, 0])
+    moved, apart = (exact[:, 1] - exact[:, 0]).norm(), (weights[:, 1] - exact[:, 1]).norm()
+    assert 0 < apart < 0.05 * moved
+    torch.testing.assert_close(metrics["test_loss"], exact_metrics["test_loss"], rtol=0.02, atol=0)
+
+
 def test_a_run_does_not_depend_on_its_company():
     task = task_of(small_conv, (3, 8, 8))
     recipe = dataclasses.replace(RECIPE, augmentation="flip_crop")

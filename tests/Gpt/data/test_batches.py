@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from Gpt.adapters.conditions import hashed_words
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.data.zoo import Zoo
+from Gpt.descriptions import Descriptions
 from Gpt.errors import ConfigError
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP
@@ -135,8 +137,23 @@ def test_the_prompt_of_a_family_is_the_mask_of_the_run(task, zoo):
 
 
 def test_a_single_task_has_no_masks_to_prompt_with(zoo, task):
-    with pytest.raises(ConfigError, match="class_mask: task 'numbered' has no masks.*'family'"):
-        sampler(zoo, task, conditions=("class_mask",))
+    for condition in ("class_mask", "text"):
+        with pytest.raises(ConfigError, match=f"{condition}: task 'numbered' has no masks.*'family'"):
+            sampler(zoo, task, conditions=(condition,))
+
+
+def test_every_example_comes_with_one_of_the_sentences_about_the_mask_of_its_run(zoo, task):
+    family = MaskSplit(held_out=2, validation=1)
+    words = Descriptions("digits", hashed_words)
+    options = dict(with_start=False, permute=False, descriptions=words)
+    for split in ("train", "validation"):
+        draw = BatchSampler(zoo, replace(task, family=family), split, ("class_mask", "text"), BatchConfig(), **options)
+        batch = draw(400, rng("cpu", 0))
+        known = words(batch.prompt["class_mask"] > 0.5, split)
+        matches = (known == batch.prompt["text"][:, None]).all(2)
+        assert matches.any(1).all() and matches.float().mean(0).min() > 0.15
+    with pytest.raises(ConfigError, match="condition text: there are no sentences"):
+        sampler(zoo, replace(task, family=family), conditions=("text",))
 
 
 def test_every_training_run_has_one_identity(zoo, task):

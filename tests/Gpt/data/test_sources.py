@@ -169,3 +169,17 @@ def test_the_configured_folder_comes_before_the_usual_one(files, tmp_path):
     sources.configure(str(files), download=False)  # forgets what was loaded
     assert sources.load("mnist").test[1].tolist() == [7] * TEST
     assert test_labels.tolist() != [7] * TEST
+
+
+def test_a_small_machine_takes_the_first_examples_of_each_split():
+    whole = sources.load("digits")
+    try:
+        sources.configure(None, examples=50)
+        small = sources.load("digits")
+        assert sources.limit() == 50
+        for part in ("train", "validation", "test"):
+            for kept, all_of_them in zip(getattr(small, part), getattr(whole, part), strict=True):
+                assert torch.equal(kept, all_of_them[:50])
+    finally:
+        sources.configure(None)
+    assert sources.limit() is None and len(sources.load("digits").test[1]) == 400

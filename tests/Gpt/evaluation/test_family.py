@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from Gpt.adapters.conditions import hashed_words
 from Gpt.data.zoo import Zoo
+from Gpt.descriptions import Descriptions
 from Gpt.errors import ConfigError
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig
@@ -159,6 +161,82 @@ def test_a_generator_that_needs_starts_gets_those_of_the_held_out_runs(task, zoo
     assert {float(start[0]) for start in generator.starts} == set(range(FAMILY.test_runs)) - {1}
 
 
+def test_a_complement_with_swapped_outputs_is_as_good_as_the_mask_where_the_split_keeps_it(task, zoo):
+    assert "complement with swapped outputs" not in rows_of(Writing(task), task, zoo)
+    family = replace(FAMILY, complements=True)
+    ids = torch.arange(20 + len(family.train_masks))
+    masks = family.mask_of_runs(ids)
+    lost = ids[(masks == ~family.test_masks[3]).all(1)]  # one complement was not trained, or dropped
+    kept = ids[ids != lost]
+    weights = network_of(family.mask_of_runs(kept))[:, None]
+    metrics = {"validation_error": torch.zeros(len(kept), 1)}
+    bounds = {"test_runs": family.test_runs, "validation_runs": family.validation_runs}
+    near = Zoo.from_tensors(weights, metrics, kept, [3], task.structure, **bounds)
+    row = rows_of(Writing(task), replace(task, family=family), near)["complement with swapped outputs"]
+    assert row.metrics["test_error"].mean == 0 and row.metrics["test_error"].count == family.held_out - 1
+    assert row.note == "5 of 6 masks have theirs in training"
+
+
+class Wishing(Writing):
+    """Serves one wanted error alone."""
+
+    serves = 0.25
+
+    def sample(self, prompt, start=None, **kwargs):
+        given, wanted = prompt["target_metric"].unbind(1)
+        assert given.isnan().all() if start is None else torch.allclose(given, self.given(prompt["class_mask"], start))
+        self.fails = lambda mask, guidance: not torch.isclose(wanted[0], torch.tensor(self.serves))
+        return super().sample({"class_mask": prompt["class_mask"]}, start, **kwargs)
+
+    def given(self, masks, start):
+        return measure(self.task, start, "validation", masks > 0.5)["validation_error"]
+
+
+@pytest.mark.parametrize("needs_start", [False, True])
+def test_the_metric_that_is_asked_for_is_chosen_on_the_validation_masks(task, zoo, needs_start):
+    """Trained networks reach 0, 1/N, 2/N … percent; it is the lower quartile that is served."""
+    finals = torch.linspace(0, 1, zoo.runs - 19)
+    error = torch.cat([torch.full((19,), 7.0), finals])
+    metrics = {"validation_error": torch.stack([torch.full_like(error, 50), error], 1)}
+    weights = zoo.read(torch.arange(zoo.runs).repeat_interleave(2), torch.tensor([0, 1]).repeat(zoo.runs))
+    bounds = {"test_runs": FAMILY.test_runs, "validation_runs": FAMILY.validation_runs}
+    graded = Zoo.from_tensors(weights.unflatten(0, (-1, 2)), metrics, zoo.run_ids, [0, 3], task.structure, **bounds)
+    generator = Wishing(task, needs_start=needs_start)
+    generator.task = task
+    both = ("class_mask", "target_metric")
+    results = evaluate_family(generator, task, graded, CONFIG, "cpu", Spent(zoo_seconds=1.0), conditions=both)
+    assert results.table[0].metrics["test_error"].mean == 0
+    assert "asked for error 0.25, likewise" in results.table[0].note
+    generator.serves = 0.0  # the best attained is what the training loop asks for
+    assert family_score(generator, task, graded, CONFIG, "cpu", conditions=both)["validation_error"] == 0
+
+
+def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences(task, zoo):
+    words, asked = Descriptions("digits", hashed_words), []
+
+    class Reading(Writing):
+        """Told the mask by a sentence alone, it writes nonsense; notes what it was told."""
+
+        def sample(self, prompt, *args, count=None, guidance=1.0, **kwargs):
+            asked.append((guidance, prompt))
+            mask = prompt.get("class_mask", torch.zeros(count, 10))
+            return super().sample({"class_mask": mask}, *args, count=count, guidance=guidance, **kwargs)
+
+    options = {"conditions": ("class_mask", "text"), "descriptions": words}
+    results = evaluate_family(Reading(task), task, zoo, CONFIG, "cpu", Spent(zoo_seconds=1.0), **options)
+    rows = {row.name: row.metrics["test_error"].mean for row in results.table}
+    assert rows["ours, unseen masks"] == 0 < rows["ours, unseen masks in words alone"]
+    told = [(mask, text) for _, p in asked if "class_mask" in p for mask, text in zip(*p.values(), strict=True)]
+    for masks, split in ((FAMILY.validation_masks, "validation"), (FAMILY.test_masks, "test")):
+        for mask in masks:
+            known = words(mask[None], split)[0]
+            used = torch.stack([text for other, text in told if torch.equal(other > 0.5, mask)])
+            assert (used[:, None] == known).all(2).any(1).all()
+            assert len(used.unique(dim=0)) >= min(CONFIG.samples_per_prompt, len(known.unique(dim=0))) - 1
+    score = family_score(Reading(task), task, zoo, CONFIG, "cpu", **options)
+    assert score["validation_error"] == 0
+
+
 def test_the_score_of_the_training_loop_reads_validation_masks_alone(task, zoo):
     failing = FAMILY.validation_masks[1]
     generator = Writing(task, lambda mask, guidance: bool((mask == failing).all()))
@@ -183,7 +261,7 @@ def test_results_are_drawn_and_reported(task, zoo, tmp_path):
 
 
 def test_a_single_task_is_refused(task, zoo):
-    with pytest.raises(ConfigError, match="single task; add the key 'family'"):
+    with pytest.raises(ConfigError, match="not one task for each mask; give it the key 'family'"):
         evaluate_family(Writing(task), replace(task, family=None), zoo, CONFIG, "cpu")
 
 

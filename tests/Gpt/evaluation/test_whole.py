@@ -1,6 +1,5 @@
 """Whole-network generators whose worth is known in advance get the verdict that they deserve."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -172,16 +171,10 @@ def test_running_variances_of_a_gaussian_stay_non_negative():
     assert drawn.min() < 0
 
 
-def test_rows_of_other_runs_stand_in_the_table(copied, zoo, task, tmp_path):
-    other = tmp_path / "pdiff"
-    other.mkdir()
-    (other / "results.json").write_text(json.dumps(copied.to_json()))
-    results = evaluate_whole(Replaying(zoo, task), task, zoo, CONFIG, "cpu", beside=[str(other)])
-    last = results.table[-1]
-    assert (last.name, last.kind) == ("toy, written from noise", "generator")
-    assert last.metrics == copied.table[0].metrics and last.note.startswith("of the run pdiff, task blobs")
-    with pytest.raises(ConfigError, match="does not exist"):
-        evaluate_whole(Replaying(zoo, task), task, zoo, CONFIG, "cpu", beside=[str(tmp_path)])
+def test_the_best_stored_network_is_the_one_that_validation_data_choose(copied, zoo):
+    best = 40 + zoo.metrics["validation_loss"][40:, -1].argmin()
+    expected = zoo.metrics["test_loss"][best, -1].item()
+    assert rows(copied)["retrieval"].metrics["test_loss"].mean == pytest.approx(expected, rel=1e-4)
 
 
 def test_there_must_be_statistics_to_recalibrate(zoo, task):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from Gpt.errors import ConfigError
-from Gpt.models.gpt_paper import PUBLISHED_MODELS, FrequencyEmbedder, GptPaper, SelfAttention
+from Gpt.models.gpt_paper import PUBLISHED_MODELS, FrequencyEmbedder, GptPaper, SelfAttention, side_by_side
 from Gpt.seeds import rng
 
 SIZES = (12, 3, 6, 2)
@@ -148,3 +148,15 @@ def test_initial_weights_follow_the_seed_and_leave_the_global_state_alone():
 def test_width_must_divide_into_heads():
     with pytest.raises(ConfigError, match="heads"):
         GptPaper(SIZES, width=10, heads=4)
+
+
+def test_one_product_for_several_layers_is_each_of_them_with_its_gradient():
+    attention, x = SelfAttention(8, 2).double(), inputs()[0][:, :8]
+    layers = attention.query, attention.key, attention.value
+    joined, apart = side_by_side(layers, x), tuple(layer(x) for layer in layers)
+    torch.testing.assert_close(joined, apart)
+    by_joined, by_apart = (
+        torch.autograd.grad(sum(i * y.square().sum() for i, y in enumerate(outputs, 1)), layers[1].weight)[0]
+        for outputs in (joined, apart)
+    )
+    torch.testing.assert_close(by_joined, by_apart)

@@ -11,7 +11,7 @@ from PIL import Image
 from Gpt.evaluation.results import Interval
 from Gpt.report import figures, style
 
-OF_RESULTS = ["prompt_alignment", "optimisers", "table", "recursive", "novelty", "wrong_predictions"]
+OF_RESULTS = ["side_by_side", "prompt_alignment", "optimisers", "table", "recursive", "novelty", "wrong_predictions"]
 
 
 def texts(figure):
@@ -43,6 +43,21 @@ def test_the_table_is_sorted_best_first_and_shows_every_interval(synthetic_resul
     assert any("0.171" in text and "[0.151 … 0.191]" in text for text in texts(figure))
     rewarded = figures.table(dataclasses.replace(synthetic_results, minimize=False))
     assert [label.get_text() for label in rewarded.axes[0].get_yticklabels()][-1] == "per-weight Gaussian"
+
+
+def test_one_update_generation_and_training_stand_on_one_axis(synthetic_results, tmp_path):
+    axis = figures.side_by_side(synthetic_results).axes[0]
+    drawn = {line.get_label(): line for line in axis.lines}
+    points = {"G.pt, one update": (1, 0.348), "RPG, written from noise (other)": (0, 0.29), "retrieval": (0, 0.171)}
+    for name, (updates, loss) in (points | {"ordinary training": (1120, 0.142)}).items():
+        point = [line for line in axis.lines if line.get_label() == name][-1]
+        assert (point.get_xdata()[-1], point.get_ydata()[-1]) == (updates, pytest.approx(loss, abs=1e-4))
+    assert "G.pt, 5 updates, best attainable" not in drawn and "soup" not in drawn
+    (curve,) = (line for line in axis.lines if len(line.get_xdata()) == 4)
+    np.testing.assert_array_equal(curve.get_ydata(), synthetic_results.training_curves[0].mean)
+    own = [row for row in synthetic_results.table if not row.run]
+    alone = dataclasses.replace(synthetic_results, table=own, training_curves=[])
+    assert "side_by_side" not in figures.save_figures(alone, tmp_path / "none.jsonl", tmp_path)
 
 
 def test_prompt_curves_draw_every_network_and_the_mean(synthetic_results):

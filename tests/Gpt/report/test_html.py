@@ -31,7 +31,7 @@ def write(results, metrics_path, figures=None):
 
 def test_nothing_is_loaded_from_elsewhere(synthetic_results, saved_figures, metrics_path):
     page = write(synthetic_results, metrics_path, saved_figures)
-    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', page)) == len(saved_figures) == 7
+    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', page)) == len(saved_figures) == 8
     assert not re.search(r"<script|<link|<iframe|@import|url\(|https?://", page)
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
 
