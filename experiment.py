@@ -134,16 +134,10 @@ class Experiment:
         if not settings.store:
             return collect_in_memory(
                 task,
-                runs=settings.runs,
-                snapshots=settings.snapshots,
-                spacing=settings.spacing,
-                seed=settings.seed,
-                dtype=settings.dtype,
-                device=self.device,
                 population=settings.population or settings.shard_runs,
-                max_weight=settings.max_weight,
                 test_runs=self._held_out[0],
                 validation_runs=self._held_out[1],
+                **self._population,
             )
         if task.checkpoints:
             on_first_process(self._import_zoo)
@@ -181,20 +175,14 @@ class Experiment:
     def _collect_zoo(self) -> None:
         """Train the shards that are missing; of several processes, each claims one after the other."""
         settings = self.config.zoo
-        collect(
-            self.task,
-            self.zoo_folder,
-            runs=settings.runs,
-            snapshots=settings.snapshots,
-            spacing=settings.spacing,
-            seed=settings.seed,
-            dtype=settings.dtype,
-            shard_runs=settings.shard_runs,
-            device=self.device,
-            population=settings.population,
-            max_weight=settings.max_weight,
-            progress=primary(),
-        )
+        stored = {"shard_runs": settings.shard_runs, "population": settings.population, "progress": primary()}
+        collect(self.task, self.zoo_folder, **self._population, **stored)
+
+    @property
+    def _population(self) -> dict[str, Any]:
+        """What a zoo holds, on disk or in memory: arguments of `collect` and `collect_in_memory`."""
+        names = ("runs", "snapshots", "spacing", "seed", "dtype", "max_weight")
+        return {name: getattr(self.config.zoo, name) for name in names} | {"device": self.device}
 
     def _import_zoo(self) -> None:
         """Convert the task's checkpoints; what was converted before is kept, and needs its source no longer."""

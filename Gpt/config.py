@@ -46,7 +46,8 @@ class ZooConfig:
         storage: "gpu", "ram", "disk", or "auto".
         store: write the zoo to a folder. Otherwise it lives in memory, and every session trains it anew.
         refresh_every: training steps after which a population of the oldest training runs gives way to newly trained
-            ones; 0 for a zoo that does not change. Needs `store=false`.
+            ones; 0 for a zoo that does not change. Needs `store=false`. The evaluation, novelty included, knows the
+            runs that the zoo holds at the end.
         max_weight: runs with a larger weight are dropped.
         recipe: changes to the task's training recipe, e.g. {epochs: 5}.
     """
