@@ -8,12 +8,10 @@ they are operators that vmap calls instead: implicit matrix products with one pr
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
@@ -25,51 +23,6 @@ def accelerated(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None
     )
-
-
-def for_populations(net: nn.Module, example: Float[Tensor, "1 ..."]) -> nn.Module:
-    """Let the ordinary convolutions of a network, in place, be population convolutions; others are left to vmap.
-
-    Feature maps then have channels last in memory, unless the network, run once on the example, needs the usual layout
-    (because it calls `view` on them).
-    """
-    convolutions: list[Any] = [module for module in net.modules() if PopulationConv2d.fits(module)]
-    for module in convolutions:
-        module.__class__, module.channels_last = PopulationConv2d, True
-    try:
-        with torch.no_grad():
-            net(example)
-    except RuntimeError:
-        for module in convolutions:
-            module.channels_last = False
-    return net
-
-
-class PopulationConv2d(nn.Conv2d):
-    """A convolution that is `population_conv2d` under vmap; parameters and results are those of `nn.Conv2d`."""
-
-    channels_last: bool
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Whether the operator can stand in for this module: an ordinary convolution, zero-padded, not dilated."""
-        return (
-            type(module) is nn.Conv2d
-            and module.groups == 1
-            and module.dilation == (1, 1)
-            and module.padding_mode == "zeros"
-            and not isinstance(module.padding, str)
-        )
-
-    def forward(self, images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N O Y Z"]:
-        if images.dim() == 3:
-            return self.forward(images[None])[0]
-        kernels, kind = self.weight, images.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            images, kernels = images.to(dtype), kernels.to(dtype)
-        maps = differentiable_conv2d(images[None], kernels[None], self.stride, self.padding, self.channels_last)[0]
-        return maps if self.bias is None else maps + self.bias.to(maps.dtype)[:, None, None]
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

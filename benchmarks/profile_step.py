@@ -32,6 +32,7 @@ from benchmarks.loop import time_training
 from benchmarks.timing import Bench, measure, parser, synchronize
 from benchmarks.zoo_speed import SMALL_ZOOS, ZOOS, Zoo, task_of
 from data_gen import vision
+from Gpt.attention import attend
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.models.gpt import GptConfig
 from Gpt.recipes import SupervisedRecipe
@@ -182,30 +183,23 @@ def _training_in(precision: torch.dtype) -> Any:
 
 
 def attention(bench: Bench, shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
-    """Milliseconds of attention and its gradient, by backend, and by the formula as it is compiled."""
+    """Milliseconds of attention, and of attention with its gradient, by `Gpt.attention` and torch's backends."""
     q, k, v = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-
-    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-
-    def elementwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        logits = (q[..., :, None, :].float() * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
-        return (logits.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2).to(v.dtype)
+    gradient = torch.randn_like(q)
 
     def by_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
-    ways: dict[str, Callable[..., Tensor]] = {"default": F.scaled_dot_product_attention}
+    ways: dict[str, Callable[..., Tensor]] = {"ours": attend, "default": F.scaled_dot_product_attention}
     if bench.device.type == "cuda":
         names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
         ways |= {name.lower(): partial(by_backend, getattr(SDPBackend, name)) for name in names}
-        ways |= {"formula_compiled": torch.compile(formula), "elementwise_compiled": torch.compile(elementwise)}
     facts: dict[str, Any] = {}
-    for name, attend in ways.items():
+    for name, way in ways.items():
         try:
-            forward = measure(partial(attend, q, k, v), bench.device, repeats=repeats)
-            both = measure(lambda attend=attend: attend(q, k, v).sum().backward(), bench.device, repeats=repeats)
+            forward = measure(partial(way, q, k, v), bench.device, repeats=repeats)
+            both = measure(lambda way=way: way(q, k, v).backward(gradient), bench.device, repeats=repeats)
         except RuntimeError as error:
             facts[name] = str(error).splitlines()[0]
         else:
@@ -227,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return bench.finish()
     published, ours = MODELS["mnist_paper"], MODELS["mnist"]
     widths = {n: dataclasses.replace(ours, config=GptConfig(width=n, depth=12, heads=16, steps=10)) for n in WIDTHS}
-    bench.case("attention", partial(attention, bench, (2048, 16, 11, 64), repeats))
+    for tokens, width in ((11, 64), (11, 32), (26, 128), (64, 64)):
+        bench.case(f"attention/{tokens}x{width}", partial(attention, bench, (2048, 16, tokens, width), repeats))
     bench.case("zoo/mnist", partial(zoo_step, ZOOS["mnist"], None, bench, repeats))
     bench.case("train/512", partial(train, widths[512], bench, repeats))
     bench.case("sample/mnist_paper", partial(sample, published, graphed, bench, 20))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from Gpt.attention import attend
 from Gpt.errors import ConfigError
 from Gpt.seeds import rng
 from Gpt.tokens import split_sizes
@@ -52,7 +53,7 @@ class SelfAttention(nn.Module):
         layers = self.query, self.key, self.value
         projections = side_by_side(layers, x) if x.is_cuda else [layer(x) for layer in layers]
         q, k, v = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in projections)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def side_by_side(layers: Sequence[nn.Linear], x: Float[Tensor, "*batch I"]) -> tuple[Float[Tensor, "*batch O"], ...]:

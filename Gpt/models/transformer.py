@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from Gpt.attention import attend
+
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, modulated by the condition; gates start at zero: the block starts as the identity."""
@@ -28,11 +30,7 @@ class Block(nn.Module):
     def _attend(self, x: Float[Tensor, "B T width"]) -> Float[Tensor, "B T width"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = norm(q), norm(k)  # keeps logits bounded at any width (Dehghani et al. 2023)
-        if x.is_cuda or x.shape[1] > 128:
-            mixed = F.scaled_dot_product_attention(q, k, v)
-        else:  # a dozen tokens: torch's fused CPU kernel takes up to three times as long as the formula
-            mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 def compile_blocks(blocks: nn.ModuleList) -> None:

@@ -11,9 +11,10 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 
 from Gpt import convolution
-from Gpt.convolution import PopulationConv2d, differentiable_conv2d, for_populations, population_conv2d
+from Gpt.convolution import differentiable_conv2d, population_conv2d
 from Gpt.networks import MLP, ConvNet
 from Gpt.population import Population, population_gradient, prepared, stack_initial
+from Gpt.population_layers import PopulationConv2d, for_populations
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 

@@ -1,35 +1,16 @@
 """The GPU kernels, on a GPU where there is one, and in Triton's interpreter: NumPy in its place."""
 
-import importlib
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-import Gpt
 from Gpt.seeds import rng
 
-pytest.importorskip("triton")
 
-
-@pytest.fixture(scope="module", params=["interpreter", "cuda"])
-def kernels(request):
+@pytest.fixture(scope="module")
+def kernels(triton_kernels):
     """The module and the device that it runs on."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        yield importlib.import_module("Gpt.convolution_kernels"), torch.device("cuda")
-        return
-    # A copy of the module of its own, because the decorator decides what interprets it.
-    path = Path(Gpt.__file__).with_name("convolution_kernels.py")
-    spec = importlib.util.spec_from_file_location("interpreted_convolution_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-        yield module, torch.device("cpu")
+    return triton_kernels("Gpt.convolution_kernels")
 
 
 def channels_last(maps):
