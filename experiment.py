@@ -29,6 +29,7 @@ from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.diffusion.regression import Regression
+from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.adapters import adapters_score, evaluate_adapters
@@ -218,6 +219,10 @@ class Experiment:
             conditions = Conditions(features, width, self.config.condition.dropout)
             generator = build(self.task.structure, conditions, self._objective(), config).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
+        if self.config.distillation.weight:
+            if not generator.distils:
+                raise ConfigError(f"generator.name={name} learns from weights alone; set distillation.weight=0")
+            generator.distillation = distillation(self.task, self.config.distillation)
         return generator
 
     @cached_property

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from Gpt.data.batches import BatchConfig
+from Gpt.distillation import DistillationConfig
 from Gpt.errors import ConfigError
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.report.logger import LoggerConfig
@@ -46,8 +47,8 @@ class ZooConfig:
         storage: "gpu", "ram", "disk", or "auto".
         store: write the zoo to a folder. Otherwise it lives in memory, and every session trains it anew.
         refresh_every: training steps after which a population of the oldest training runs gives way to newly trained
-            ones; 0 for a zoo that does not change. Needs `store=false`. The evaluation, novelty included, knows the
-            runs that the zoo holds at the end.
+            ones; 0 for a zoo that does not change. Needs `store=false`. The evaluation knows the runs that the zoo
+            holds at the end; novelty is measured against the final networks of all runs that it ever held.
         max_weight: runs with a larger weight are dropped.
         recipe: changes to the task's training recipe, e.g. {epochs: 5}.
     """
@@ -64,7 +65,7 @@ class ZooConfig:
     dtype: str = "float32"
     shard_runs: int = 256
     population: int | None = None
-    storage: str = "auto"
+    storage: Literal["auto", "gpu", "ram", "disk"] = "auto"
     store: bool = True
     refresh_every: int = 0
     max_weight: float = 10.0
@@ -76,7 +77,7 @@ class ObjectiveConfig:
     """The diffusion objective, see `Gpt.diffusion.objectives`.
 
     Attributes:
-        name: "flow" or "ddpm".
+        name: "flow", "ddpm" or "regression".
         loss_space, times: of flow matching only.
     """
 
@@ -133,6 +134,7 @@ class RunConfig:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
     generator: dict[str, Any] = field(default_factory=lambda: {"name": "gpt"})
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -38,6 +38,9 @@ class Batch:
     progress: float = 1.0
 
 
+Distillation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""A term of the training loss: (estimated weights [B, D], true ones [B, D], randomness on their device) -> scalar."""
+
 Solve = Callable[[Denoiser, Tensor], Tensor]
 """A sampler with its settings: (denoiser, noise) -> data."""
 
@@ -58,12 +61,15 @@ class Generator(nn.Module):
 
     Attributes:
         needs_start: whether it updates given networks instead of writing them from noise.
+        distils: whether `loss` can include a distillation term; then `distillation` may be set.
         mixed_precision: sample under bfloat16 autocast, as trained.
         graphs: replay `loss` and the steps of sampling as CUDA graphs (`Gpt.cuda_graphs`); `compile_networks` sets it
             where they do the same device work at every call.
     """
 
     needs_start: bool
+    distils: bool = False
+    distillation: Distillation | None = None
     mixed_precision: bool = False
     graphs: bool = False
 
@@ -105,6 +111,10 @@ class Generator(nn.Module):
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""
         raise TypeError(f"{type(self).__name__} does not define loss")
+
+    def _distilled(self, decode: Callable[[], Tensor], target: Tensor, rng: torch.Generator) -> Tensor | float:
+        """The distillation term of `loss`, if there is to be one, for estimated weights `decode()`."""
+        return 0.0 if self.distillation is None else self.distillation(decode(), target, rng)
 
     def write(
         self,

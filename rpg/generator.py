@@ -78,6 +78,7 @@ class Rpg(Generator):
     """
 
     needs_start = False
+    distils = True
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgConfig):
         if objective.prediction != "x0":
@@ -118,7 +119,9 @@ class Rpg(Generator):
         t = self.objective.draw_times(count, rng, device)
         noise = torch.randn(latents.shape, generator=rng, device=device)
         network = self._network(self._request(prompt, identity, count, self.conditions.keep(count, rng)))
-        return self.objective.loss(network, latents, t, noise, mask=self.latents.spread > 0).mean()
+        varies = self.latents.spread > 0
+        loss, estimate = self.objective.loss_and_estimate(network, latents, t, noise, mask=varies)
+        return loss.mean() + self._distilled(lambda: self.latents.decode(estimate), batch.target, rng)
 
     def write(
         self,

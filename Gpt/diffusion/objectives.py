@@ -10,6 +10,7 @@ The seam, with `network` any callable `(x_t [B, *shape], t [B]) -> [B, *shape]`:
 
     objective.draw_times(batch, rng, device) -> [B]             training times
     objective.loss(network, x0, t, noise, mask) -> [B]          the training loss of every example
+    objective.loss_and_estimate(…) -> [B], [B, *shape]          and what the network takes x0 for
     objective.denoiser(network) -> (x_t, t) -> x0 estimate      what samplers take, whatever the network predicts
     objective.alpha_sigma(t) -> (alpha [B], sigma [B])          the path
     objective.grid(steps) -> [(t, alpha, sigma), …]             where a sampler evaluates, noisiest time first
@@ -86,7 +87,18 @@ class Objective(nn.Module, ABC):
         noise: Float[Tensor, "batch ..."],
         mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Weighted mean squared error of the network's prediction, per example.
+        """Weighted mean squared error of the network's prediction, per example; see `loss_and_estimate`."""
+        return self.loss_and_estimate(network, x0, t, noise, mask)[0]
+
+    def loss_and_estimate(
+        self,
+        network: Denoiser,
+        x0: Float[Tensor, "batch ..."],
+        t: Float[Tensor, " batch"],
+        noise: Float[Tensor, "batch ..."],
+        mask: Bool[Tensor, "..."] | None = None,
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch ..."]]:
+        """Weighted mean squared error of the network's prediction, per example, and the x0 that it stands for.
 
         Args:
             x0: clean data `[B, *shape]`.
@@ -95,9 +107,10 @@ class Objective(nn.Module, ABC):
             mask: broadcastable to x0; entries where it is False (padding, any finite value) are left out of the mean.
                 An example without a True entry has loss 0.
         """
-        prediction = network(self.noised(x0, t, noise), t)
-        error = (prediction.to(x0.dtype) - self.target(x0, noise)).square()
-        return self.weight(t).to(x0.dtype) * _masked_mean(error, mask)
+        x_t = self.noised(x0, t, noise)
+        prediction = network(x_t, t).to(x0.dtype)
+        error = (prediction - self.target(x0, noise)).square()
+        return self.weight(t).to(x0.dtype) * _masked_mean(error, mask), self.estimate(prediction, x_t, t)
 
     def denoiser(self, network: Denoiser) -> Denoiser:
         """Turn a trained network into `(x_t, t) -> x0 estimate`."""

@@ -109,6 +109,7 @@ class Gpt(Generator):
     """
 
     needs_start = True
+    distils = True
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: GptConfig):
         if objective.prediction != "x0":
@@ -143,7 +144,8 @@ class Gpt(Generator):
         t = self.objective.draw_times(count, rng, device)
         noise = torch.randn(residual.shape, generator=rng, device=device)
         condition = self.conditions(batch.prompt, count, self.conditions.keep(count, rng))
-        return self.objective.loss(self._network(start, condition), residual, t, noise).mean()
+        loss, estimate = self.objective.loss_and_estimate(self._network(start, condition), residual, t, noise)
+        return loss.mean() + self._distilled(lambda: self._updated(start, estimate), batch.target, rng)
 
     def write(
         self,
@@ -159,7 +161,11 @@ class Gpt(Generator):
         with_prompt = self.objective.denoiser(self._network(begin, self.conditions(prompt, len(start))))
         without = self.objective.denoiser(self._network(begin, self.conditions({}, len(start))))
         residual = solve(guided(with_prompt, without, guidance), noise)
-        return self.normalizer.decode(begin + residual * self.normalizer.spread)
+        return self._updated(begin, residual)
+
+    def _updated(self, start: Float[Tensor, "B D"], residual: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Plain weights out of an encoded start and an update in units of the usual one."""
+        return self.normalizer.decode(start + residual * self.normalizer.spread)
 
     def _network(self, start: Tensor, condition: Tensor) -> Denoiser:
         estimate = self._graphed if self.graphs else self._estimate

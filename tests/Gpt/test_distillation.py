@@ -1,0 +1,103 @@
+"""Distillation measures how far one network's predictions are from another's."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from Gpt.conditions import Conditions, prompt_features
+from Gpt.diffusion.objectives import FlowMatching
+from Gpt.distillation import DistillationConfig, distillation
+from Gpt.errors import ConfigError
+from Gpt.generator import Batch
+from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.population import stack_initial
+from Gpt.seeds import rng
+from Gpt.tasks import get_task
+from rpg.generator import Rpg, RpgConfig
+
+EVERY = DistillationConfig(weight=2.0, examples=50)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return get_task("digits_loss")
+
+
+@pytest.fixture(scope="module")
+def networks(task):
+    """Four rows, large enough that predictions differ."""
+    return 3 * stack_initial(task.constructor, task.structure, [1, 2, 3, 4])
+
+
+def test_is_the_divergence_on_the_drawn_examples(task, networks):
+    estimate, target = networks[:2].clone().requires_grad_(), networks[2:]
+    found = distillation(task, EVERY)(estimate, target, rng("cpu", 5))
+    inputs = task.data("train")[0]
+    chosen = inputs[torch.randint(len(inputs), (50,), generator=rng("cpu", 5))].double()
+    divergences = []
+    for rows in zip(estimate.detach(), target, strict=True):
+        logs = []
+        for row in rows:
+            net = task.constructor().double()
+            net.load_state_dict(task.structure.state_dict(row))
+            logs.append(net(chosen).log_softmax(-1))
+        divergences.append((logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean())
+    torch.testing.assert_close(found.detach().double(), 2 * torch.stack(divergences).mean(), rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(found, estimate)
+    assert gradient.count_nonzero() > 0.9 * gradient.numel()
+
+
+def test_only_what_a_network_does_counts(task, networks):
+    """Hidden units under other names, and a constant on all logits, are no difference."""
+    flipped = task.structure.unflatten(networks)
+    flipped = {
+        "fc1.weight": flipped["fc1.weight"].flip(1),
+        "fc1.bias": flipped["fc1.bias"].flip(1),
+        "fc2.weight": flipped["fc2.weight"].flip(2),
+        "fc2.bias": flipped["fc2.bias"] + 1,
+    }
+    renamed = task.structure.flatten({name: flipped[name] for name in task.structure.unflatten(networks)})
+    term = distillation(task, EVERY)
+    assert abs(term(renamed, networks, rng("cpu", 0))) < 1e-6
+    assert term(networks.roll(1, 0), networks, rng("cpu", 0)) > 0.1
+
+
+def generators(task):
+    structure = task.structure
+    features = prompt_features(("target_metric",))
+    yield Gpt(structure, Conditions(features, 16), FlowMatching(), GptConfig(width=16, depth=1, heads=2))
+    yield Rpg(structure, Conditions(features, 16), FlowMatching(), RpgConfig(width=16, depth=1, heads=2))
+
+
+def test_joins_the_loss_of_both_generators(task, networks):
+    """At its weight, for the estimate in plain weights: an untrained generator's is its start, or the mean network."""
+    for generator in generators(task):
+        prompt = {"target_metric": torch.rand(2, 2, generator=rng("cpu", 0))}
+        batch = Batch(networks[:2], networks[2:] if generator.needs_start else None, prompt)
+        generator.fit(batch)
+        plain = generator.loss(batch, rng("cpu", 1))
+        seen = []
+        generator.distillation = lambda estimate, target, draws, seen=seen: seen.append((estimate, target)) or 0.25
+        torch.testing.assert_close(generator.loss(batch, rng("cpu", 1)), plain + 0.25)
+        ((estimate, target),) = seen
+        assert torch.equal(target, batch.target)
+        assert estimate.shape == target.shape
+        assert estimate.requires_grad
+
+
+def test_learning_from_behaviour_finds_the_behaviour(task, networks):
+    term = distillation(task, dataclasses.replace(EVERY, examples=200))
+    weights = networks[:1].clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=0.03)
+    first = term(weights, networks[1:2], rng("cpu", 0)).item()
+    for step in range(60):
+        optimizer.zero_grad()
+        term(weights, networks[1:2], rng("cpu", step)).backward()
+        optimizer.step()
+    assert term(weights, networks[1:2], rng("cpu", 0)).item() < 0.2 * first
+
+
+def test_tasks_without_classes_are_refused():
+    with pytest.raises(ConfigError, match=r"distillation.weight=2 .*'cartpole'.*distillation.weight=0"):
+        distillation(get_task("cartpole"), EVERY)
