@@ -14,7 +14,7 @@ from Gpt.convolution import accelerated
 
 FEW_ON_CPU = 128  # tokens up to which torch's fused CPU kernel takes longer than the formula, up to three times
 FEW_ON_GPU = 64
-HEAD_WIDTHS = (16, 32, 64, 128)  # of which the kernels hold all tokens in registers
+WIDEST_HEAD = 128  # of which a program holds all tokens in registers
 
 
 def attend(
@@ -27,7 +27,7 @@ def attend(
     tokens, width = q.shape[-2:]
     if kind == "cpu" and tokens <= FEW_ON_CPU:
         return (q @ k.mT * width**-0.5).softmax(-1).to(v.dtype) @ v
-    few = tokens <= FEW_ON_GPU and width in HEAD_WIDTHS
+    few = tokens <= FEW_ON_GPU and width <= WIDEST_HEAD
     if few and q.dtype in (torch.float16, torch.bfloat16) and accelerated(q.device):
         return attention_of_few(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)

@@ -4,7 +4,8 @@
     dV = P^T dO,  dS = P * (dO V^T - rowsum(P * dO V^T)),  dQ = dS K / sqrt(width),  dK = dS^T Q / sqrt(width)
 
 Flash attention covers such a head with tiles of 64 tokens or more, nearly all of them padding, and its gradient takes
-three kernels. Here a tile is the next power of two, the gradient forms P anew, and every tensor passes memory once.
+three kernels. Here a tile is the next power of two both ways, the gradient forms P anew, and every tensor passes memory
+once.
 """
 
 from typing import no_type_check
@@ -39,25 +40,27 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _sizes(q: Tensor) -> dict:
     _, heads, tokens, width = q.shape
     block = max(triton.next_power_of_2(tokens), SMALLEST)
+    columns = max(triton.next_power_of_2(width), SMALLEST)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     return {
         "HEADS": heads,
         "TOKENS": tokens,
         "WIDTH": width,
         "BLOCK": block,
+        "COLUMNS": columns,
         "SCALE": width**-0.5,
         "PRECISION": precision,
-        "num_warps": max(1, block * width // 2048),
+        "num_warps": max(1, block * columns // 2048),
     }
 
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the function, and Triton compiles its source
-def _tile(start, by_batch, by_head, by_token, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses [BLOCK, WIDTH] of this program's head."""
+def _tile(start, by_batch, by_head, by_token, HEADS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses [BLOCK, COLUMNS] of this program's head."""
     program = tl.program_id(0).to(tl.int64)
     start += program // HEADS * by_batch + program % HEADS * by_head
-    return start + tl.arange(0, BLOCK)[:, None] * by_token + tl.arange(0, WIDTH)[None, :]
+    return start + tl.arange(0, BLOCK)[:, None] * by_token + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -93,16 +96,17 @@ def _attend(
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    real = tl.arange(0, BLOCK)[:, None] < TOKENS
-    queries = tl.load(_tile(q, q_b, q_h, q_t, HEADS, BLOCK, WIDTH), real, 0.0)
-    keys = tl.load(_tile(k, k_b, k_h, k_t, HEADS, BLOCK, WIDTH), real, 0.0)
-    values = tl.load(_tile(v, v_b, v_h, v_t, HEADS, BLOCK, WIDTH), real, 0.0)
+    real = (tl.arange(0, BLOCK)[:, None] < TOKENS) & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+    queries = tl.load(_tile(q, q_b, q_h, q_t, HEADS, BLOCK, COLUMNS), real, 0.0)
+    keys = tl.load(_tile(k, k_b, k_h, k_t, HEADS, BLOCK, COLUMNS), real, 0.0)
+    values = tl.load(_tile(v, v_b, v_h, v_t, HEADS, BLOCK, COLUMNS), real, 0.0)
     p = _probabilities(queries, keys, TOKENS, BLOCK, SCALE, PRECISION).to(values.dtype)
     mixed = tl.dot(p, values, input_precision=PRECISION)
-    tl.store(_tile(out, out_b, out_h, out_t, HEADS, BLOCK, WIDTH), mixed.to(values.dtype), real)
+    tl.store(_tile(out, out_b, out_h, out_t, HEADS, BLOCK, COLUMNS), mixed.to(values.dtype), real)
 
 
 @triton.jit
@@ -140,21 +144,22 @@ def _attend_gradient(
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    real = tl.arange(0, BLOCK)[:, None] < TOKENS
-    queries = tl.load(_tile(q, q_b, q_h, q_t, HEADS, BLOCK, WIDTH), real, 0.0)
-    keys = tl.load(_tile(k, k_b, k_h, k_t, HEADS, BLOCK, WIDTH), real, 0.0)
-    values = tl.load(_tile(v, v_b, v_h, v_t, HEADS, BLOCK, WIDTH), real, 0.0)
-    by_mixed = tl.load(_tile(gradient, gradient_b, gradient_h, gradient_t, HEADS, BLOCK, WIDTH), real, 0.0)
+    real = (tl.arange(0, BLOCK)[:, None] < TOKENS) & (tl.arange(0, COLUMNS)[None, :] < WIDTH)
+    queries = tl.load(_tile(q, q_b, q_h, q_t, HEADS, BLOCK, COLUMNS), real, 0.0)
+    keys = tl.load(_tile(k, k_b, k_h, k_t, HEADS, BLOCK, COLUMNS), real, 0.0)
+    values = tl.load(_tile(v, v_b, v_h, v_t, HEADS, BLOCK, COLUMNS), real, 0.0)
+    by_mixed = tl.load(_tile(gradient, gradient_b, gradient_h, gradient_t, HEADS, BLOCK, COLUMNS), real, 0.0)
     p = _probabilities(queries, keys, TOKENS, BLOCK, SCALE, PRECISION)
     by_values = tl.dot(tl.trans(p.to(values.dtype)), by_mixed, input_precision=PRECISION)
-    tl.store(_tile(by_v, by_v_b, by_v_h, by_v_t, HEADS, BLOCK, WIDTH), by_values.to(values.dtype), real)
+    tl.store(_tile(by_v, by_v_b, by_v_h, by_v_t, HEADS, BLOCK, COLUMNS), by_values.to(values.dtype), real)
     by_p = tl.dot(by_mixed, tl.trans(values), input_precision=PRECISION)
     by_logits = p * (by_p - tl.sum(p * by_p, 1)[:, None]) * SCALE
     by_logits = by_logits.to(values.dtype)
     by_queries = tl.dot(by_logits, keys, input_precision=PRECISION)
-    tl.store(_tile(by_q, by_q_b, by_q_h, by_q_t, HEADS, BLOCK, WIDTH), by_queries.to(values.dtype), real)
+    tl.store(_tile(by_q, by_q_b, by_q_h, by_q_t, HEADS, BLOCK, COLUMNS), by_queries.to(values.dtype), real)
     by_keys = tl.dot(tl.trans(by_logits), queries, input_precision=PRECISION)
-    tl.store(_tile(by_k, by_k_b, by_k_h, by_k_t, HEADS, BLOCK, WIDTH), by_keys.to(values.dtype), real)
+    tl.store(_tile(by_k, by_k_b, by_k_h, by_k_t, HEADS, BLOCK, COLUMNS), by_keys.to(values.dtype), real)

@@ -15,9 +15,14 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 
-@cache
+@torch.compiler.assume_constant_result
 def accelerated(device: torch.device) -> bool:
-    """Whether population convolutions are faster than grouped ones there: tensor cores since Ampere, and Triton."""
+    """Whether there are Triton and what its kernels are written for: the tensor cores of Ampere and later."""
+    return _accelerated(device)
+
+
+@cache  # which the compiler would rather not look into
+def _accelerated(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return bench.finish()
     published, ours = MODELS["mnist_paper"], MODELS["mnist"]
     widths = {n: dataclasses.replace(ours, config=GptConfig(width=n, depth=12, heads=16, steps=10)) for n in WIDTHS}
-    for tokens, width in ((11, 64), (11, 32), (26, 128), (64, 64)):
+    for tokens, width in ((11, 64), (11, 32), (26, 96), (64, 64)):
         bench.case(f"attention/{tokens}x{width}", partial(attention, bench, (2048, 16, tokens, width), repeats))
     bench.case("zoo/mnist", partial(zoo_step, ZOOS["mnist"], None, bench, repeats))
     bench.case("train/512", partial(train, widths[512], bench, repeats))

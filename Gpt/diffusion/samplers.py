@@ -128,7 +128,7 @@ def check_sampler(name: str, objective: Objective, steps: int) -> None:
         close = difflib.get_close_matches(name, SAMPLERS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SAMPLERS)}"
         raise ConfigError(f"sampler {name!r} is unknown; {hint}")
-    SAMPLERS[name](lambda x, t: x, objective, torch.zeros(1, 1), steps, torch.Generator())
+    SAMPLERS[name](lambda x, t: x, objective, torch.zeros(1, 1, device="cpu"), steps, torch.Generator("cpu"))
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
-from Gpt.diffusion.samplers import SAMPLERS, ddim, ddpm, euler, guided, heun
+from Gpt.diffusion.samplers import SAMPLERS, check_sampler, ddim, ddpm, euler, guided, heun
 from Gpt.errors import ConfigError
 from Gpt.seeds import rng
 
@@ -182,3 +182,10 @@ def test_guidance_scale_zero_and_one():
     x, t = torch.zeros(2, 3), torch.ones(2)
     torch.testing.assert_close(guided(wanted, anything, 0.0)(x, t), anything(x, t))
     assert guided(wanted, anything, 1.0) is wanted
+
+
+def test_a_sampler_is_checked_whatever_the_default_device():
+    """Large generators are built on the device that they will live on."""
+    objective = DDPM()
+    with torch.device("meta"):
+        check_sampler("ddpm", objective, 10)
