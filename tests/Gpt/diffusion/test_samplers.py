@@ -184,8 +184,10 @@ def test_guidance_scale_zero_and_one():
     assert guided(wanted, anything, 1.0) is wanted
 
 
-def test_a_sampler_is_checked_whatever_the_default_device():
+def test_a_sampler_is_checked_on_the_cpu_whatever_the_default_device(monkeypatch):
     """Large generators are built on the device that they will live on."""
-    objective = DDPM()
+    tried = []
+    monkeypatch.setitem(SAMPLERS, "probe", lambda denoise, objective, noise, steps, rng: tried.extend((noise, rng)))
     with torch.device("meta"):
-        check_sampler("ddpm", objective, 10)
+        check_sampler("probe", DDPM(), 10)
+    assert [where.device.type for where in tried] == ["cpu", "cpu"]
