@@ -233,8 +233,7 @@ def _folder(run: Rehearsal) -> str:
 
 def _zoo(run: Rehearsal) -> str:
     settings, split = run.config.zoo, run.planned
-    if settings.refresh_every and settings.store:
-        raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
+    run.check_refresh()
     if not run.iterations:
         return _imported(run)
     if min(split["train"], split["validation"]) < 1:

@@ -32,7 +32,7 @@ from Gpt.diffusion.regression import Regression
 from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
 from Gpt.errors import CheckpointError, ConfigError
-from Gpt.evaluation.adapters import adapters_score, evaluate_adapters
+from Gpt.evaluation.adapters import adapters_metric, adapters_score, evaluate_adapters
 from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.family import evaluate_family, family_score
 from Gpt.evaluation.results import Results
@@ -42,6 +42,7 @@ from Gpt.masks import MaskSplit
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
+from Gpt.report.trackers import check_installed
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task, get_task, load_task_modules
 from Gpt.text import SentenceEncoder, find_model
@@ -79,7 +80,10 @@ class Experiment:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         precision = "high" if self.config.trainer.precision == "tf32" else "highest"
         torch.set_float32_matmul_precision(precision)  # torch keeps one setting for the whole process
-        return torch.device(wanted)
+        try:
+            return torch.device(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"device={wanted} is none; use auto, cpu, cuda or cuda:N") from error
 
     @cached_property
     def folder(self) -> Path:
@@ -128,10 +132,7 @@ class Experiment:
     def _plain_zoo(self) -> Zoo:
         """The zoo, collected or imported first where that is still to do."""
         settings, task = self.config.zoo, self.task
-        if settings.refresh_every and settings.store:
-            raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
-        if settings.refresh_every and (task.family or self.config.generator.get("identities")):
-            raise ConfigError("zoo.refresh_every=0 is needed: prompts do not follow masks and identities of new runs")
+        self.check_refresh()
         if not settings.store:
             return collect_in_memory(
                 task,
@@ -151,7 +152,20 @@ class Experiment:
             device=self.device,
             test_runs=self._held_out[0],
             validation_runs=self._held_out[1],
+            runs=settings.runs if task.recipe and not task.checkpoints else None,
         )
+
+    def check_refresh(self) -> None:
+        """Raises:
+        ConfigError: the zoo is to change as training goes on, and cannot.
+        """
+        settings = self.config.zoo
+        if settings.refresh_every and settings.store:
+            raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
+        if settings.refresh_every and (self.task.family or self.config.generator.get("identities")):
+            raise ConfigError("zoo.refresh_every=0 is needed: prompts do not follow masks and identities of new runs")
+        if settings.refresh_every and (settings.align or settings.split != "run"):
+            raise ConfigError("zoo.refresh_every=0 is needed: runs that are aligned or split by snapshot do not change")
 
     @property
     def _held_out(self) -> tuple[int, int]:
@@ -160,18 +174,18 @@ class Experiment:
         return split.test_runs, split.validation_runs
 
     @cached_property
-    def stream(self) -> Callable[[int], None]:
-        """What keeps the zoo fresh, told every step; nothing for a zoo that does not change."""
+    def stream(self) -> Stream | None:
+        """What keeps the zoo fresh; None for a zoo that does not change."""
         settings = self.config.zoo
         if not settings.refresh_every:
-            return lambda step: None
+            return None
 
         def fresh(run_ids: list[int]) -> Trained:
             return train_population(self.task, run_ids, settings.seed, self.zoo.iterations, self.device)
 
-        return Stream(
-            self.zoo, fresh, settings.refresh_every, settings.population or settings.shard_runs, settings.max_weight
-        )
+        population = settings.population or settings.shard_runs
+        folder = self.folder / "former"
+        return Stream(self.zoo, fresh, settings.refresh_every, population, folder, settings.max_weight)
 
     def _collect_zoo(self) -> None:
         """Train the shards that are missing; of several processes, each claims one after the other."""
@@ -274,17 +288,36 @@ class Experiment:
         # A copy is not compiled: each batch size of the evaluation would be compiled anew.
         return copy.deepcopy(self.generator).eval()
 
+    def check_trainable(self) -> None:
+        """Build what does not need the zoo.
+
+        Raises:
+            ConfigError: the generator, its sampler, the objective, the conditions or the tracker are wrong.
+        """
+        check_installed(self.config.logger)
+        self.generator  # noqa: B018 - built for its checks
+
     @property
     def judge(self) -> Callable[..., Results]:
         """The evaluation that fits the task."""
         return self._judges[0]
 
     def score(self, generator: Generator) -> dict[str, float]:
-        """Validation metrics for the loop; "score" is the one that picks the best weights, lower is better."""
+        """What the generator's networks reach on validation data, for the loop.
+
+        Returns:
+            `generated_<name>`; and "score", which picks the best weights, lower is better.
+        """
         measured = self._judges[1](generator, self.task, self.zoo, self.config.evaluation, self.device)
         metric = measured[f"validation_{self.task.metric}"]
-        facts = {name.removeprefix("validation_"): value for name, value in measured.items()}
+        facts = {f"generated_{name.removeprefix('validation_')}": value for name, value in measured.items()}
         return facts | {"score": metric if self.task.minimize else -metric}
+
+    @property
+    def reported(self) -> str:
+        """The column that the evaluation is about."""
+        family = self.task.family
+        return adapters_metric(family) if isinstance(family, AdapterFamily) else f"test_{self.task.metric}"
 
     @property
     def _judges(self) -> tuple[Callable[..., Results], Callable[..., dict[str, float]]]:

@@ -8,10 +8,9 @@
 """
 
 import dataclasses
-import json
+import errno
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dry_run import dry_run
 from experiment import GENERATORS, Experiment, create_folder, open_folder
@@ -44,6 +44,7 @@ from Gpt.training import train
 CONFIGS = Path(__file__).parent / "configs"
 FIT_EXAMPLES = 8192  # examples that normalisation scales are read off, fewer where networks are large
 FIT_WEIGHTS = 2**28
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def run(experiment: Experiment) -> Results | None:
@@ -56,7 +57,7 @@ def run(experiment: Experiment) -> Results | None:
         zoo = experiment.zoo
         on_first_process(lambda: print(describe(zoo)))
         return None
-    if config.resume_path:  # before the zoo is collected, which can take hours
+    if config.resume_path:
         if not config.test_only:
             raise ConfigError("resume_path: published weights are evaluated, not trained; add test_only=true")
         resolve_checkpoint(config.resume_path)
@@ -66,12 +67,11 @@ def run(experiment: Experiment) -> Results | None:
             print(f"This run is finished: {experiment.folder / 'report.html'}")
             print("Evaluate it again with test_only=true, or train another with run.name=NAME or resume=never.")
         return None
-    others, zoo_seconds = run_beside(experiment)
-    begun = time.perf_counter()
+    experiment.check_trainable()  # before the zoo is collected, which can take hours
+    others = run_beside(experiment)
     zoo = experiment.zoo
     if not summary:
-        workers = world() if config.zoo.store else 1  # a zoo in memory is not shared out: each process trains it
-        summary = {"zoo_seconds": zoo_seconds + workers * (time.perf_counter() - begun)}
+        summary = {"zoo_seconds": zoo.seconds}
         on_first_process(lambda: create_folder(experiment, summary))
 
     folder = experiment.folder
@@ -92,10 +92,12 @@ def run(experiment: Experiment) -> Results | None:
                 logger,
                 experiment.device,
                 config.seed,
-                experiment.stream,
+                experiment.stream or (lambda step: None),
             )
             summary |= {"training_seconds": world() * state.seconds, "step": state.step}
         on_first_process(lambda: write_json(folder / "summary.json", summary))
+        if experiment.stream:
+            experiment.stream.finish(summary["step"])
         results = experiment.judge(
             experiment.trained(),
             experiment.task,
@@ -129,22 +131,15 @@ def report(experiment: Experiment, results: Results, logger: Any) -> None:
     print(f"\n{print_table(results)}\n\nreport: {page}")
 
 
-def run_beside(experiment: Experiment) -> tuple[Others, float]:
-    """Finish the runs of `beside`, or reuse them.
-
-    Returns:
-        what these runs and those of `evaluation.beside` found, and the seconds that collecting this zoo took them.
-    """
+def run_beside(experiment: Experiment) -> Others:
+    """What the runs of `beside`, which are finished first where they are not, and of `evaluation.beside` found."""
     found = [beside(experiment, entry) for entry in experiment.config.beside]
-    zoo_seconds = 0.0
     for other in found:
         if primary():
             print(f"\nbeside {experiment.name}: {other.name}", flush=True)
         run(other)
-        if other.zoo_folder == experiment.zoo_folder:
-            zoo_seconds += json.loads((other.folder / "summary.json").read_text())["zoo_seconds"]
     folders = [*experiment.config.evaluation.beside, *(other.folder for other in found)]
-    return on_first_process(lambda: read_runs(folders, f"test_{experiment.task.metric}")), zoo_seconds
+    return on_first_process(lambda: read_runs(folders, experiment.reported))
 
 
 def beside(experiment: Experiment, entry: str) -> Experiment:
@@ -156,7 +151,10 @@ def beside(experiment: Experiment, entry: str) -> Experiment:
     Raises:
         ConfigError: there is no such configuration, a setting is wrong, or its metric is not this one's.
     """
-    name, *settings = shlex.split(entry)
+    try:
+        name, *settings = shlex.split(entry)
+    except ValueError as error:
+        raise ConfigError(f"beside: {entry!r} is not a configuration's name and its settings ({error})") from error
     config, other = experiment.config, composed(name, settings)
     other = dataclasses.replace(
         other,
@@ -190,6 +188,8 @@ def composed(name: str, settings: list[str]) -> RunConfig:
     except MissingConfigException as error:
         known = [file.stem for file in CONFIGS.glob("*.yaml")]
         raise ConfigError(f"beside: there is no configuration {name!r}; {nearest(name, known)}") from error
+    except HydraException as error:
+        raise ConfigError(f"beside: {' '.join([name, *settings])!r}: {_first_line(error)}") from error
 
 
 def describe(zoo: Zoo) -> str:
@@ -197,7 +197,8 @@ def describe(zoo: Zoo) -> str:
     found = scales(zoo, max_networks=min(4096, max(16, FIT_WEIGHTS // zoo.structure.size)))
     tensors = zip(zoo.structure.tensors, found.mean, found.std, strict=True)
     lines = [
-        f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder}",
+        f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder or 'memory'}",
+        f"trained in {zoo.seconds:,.1f} s, the workers' added up" if zoo.seconds else "trained elsewhere",
         f"dropped runs: {len(zoo.dropped)}" + "".join(f"\n  {run}: {why}" for run, why in zoo.dropped.items()),
         f"one coefficient for all weights (G.pt: 0.538 / std): {found.coefficient:.4f}",
         *(f"  {t.name}: mean {m:+.4f}, std {s:.4f}" for t, m, s in tensors),
@@ -212,14 +213,22 @@ def typed_config(composed: DictConfig) -> RunConfig:
     Raises:
         ConfigError: a key is misspelt or a value is of the wrong type; names the key and the nearest right one.
     """
-    return checked(RunConfig, OmegaConf.to_container(composed, resolve=True))
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"configuration: {error.full_key}: {_first_line(error)}; mend the reference ${{…}}, or write \\${{ for "
+            "the characters themselves"
+        ) from error
+    return checked(RunConfig, values)
 
 
 def check_arguments(arguments: list[str]) -> list[str]:
-    """Catch what hydra would answer unhelpfully: a misspelt key, group or configuration name.
+    """Catch what hydra would answer unhelpfully: a misspelt key, group or configuration name, or what is no setting.
 
     Returns:
-        the arguments, with `++` before plain keys: a key of the schema can be set whether or not a file mentions it.
+        the arguments, options first, with `++` before plain keys: a key of the schema can be set whether or not a file
+        mentions it.
 
     Raises:
         ConfigError: names the key and the nearest right one.
@@ -227,10 +236,17 @@ def check_arguments(arguments: list[str]) -> list[str]:
     name = _option(arguments, "--config-name", "-cn")
     if name is not None:
         folders = [CONFIGS, Path(_option(arguments, "--config-dir", "-cd") or CONFIGS)]
-        known = [file.stem for folder in folders for file in folder.glob("*.yaml")]
+        known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         if name.removesuffix(".yaml") not in known:
             raise ConfigError(f"there is no configuration {name!r}; {nearest(name, known)}")
-    return [_checked_override(a) if "=" in a and not a.startswith("-") else a for a in arguments]
+    several = {"--multirun", "-m"} & set(arguments)
+    options, settings = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
+            options.append(argument)
+        else:
+            settings.append(_checked_override(argument, bool(several)))
+    return options + settings  # hydra takes no setting in front of an option
 
 
 def _option(arguments: list[str], *names: str) -> str | None:
@@ -242,13 +258,23 @@ def _option(arguments: list[str], *names: str) -> str | None:
     return None
 
 
-def _checked_override(argument: str) -> str:
-    override = OverridesParser.create().parse_override(argument)
+def _checked_override(argument: str, several: bool) -> str:
+    """One setting; `several` values of it, separated by commas, are wanted by --multirun alone."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        raise ConfigError(
+            f"{argument!r} is no setting ({_first_line(error)}); write key=value, and in quotes for the shell where "
+            "the value is a list or a dict: 'key=[1, 2]', 'key={a: 1}'"
+        ) from error
+    if override.is_sweep_override() and not several:
+        raise ConfigError(f"{argument}: one value is expected; a list is written 'key=[1, 2]'")
     group = CONFIGS / override.key_or_group
-    if group.is_dir() and isinstance(override.value(), str):
-        if not (group / f"{override.value()}.yaml").is_file():
-            known = [p.stem for p in group.glob("*.yaml")]
-            raise ConfigError(f"{argument}: no such option; {nearest(str(override.value()), known)}")
+    if override.key_or_group and group.is_dir() and not (isinstance(override.value(), dict) or override.is_delete()):
+        known = [p.stem for p in group.glob("*.yaml")]
+        for option in override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]:
+            if option not in known:
+                raise ConfigError(f"{argument}: no such option; {nearest(str(option), known)}")
         return argument
     keys = override.key_or_group.split(".")
     if keys[0] == "hydra":
@@ -265,7 +291,11 @@ def _checked_override(argument: str) -> str:
                 f"configuration: there is no key {'.'.join(keys[: depth + 1])!r}; {nearest(key, list(known))}"
             )
         schema = known[key]
-    return argument if argument[0] in "+~" else f"++{argument}"
+    return argument if override.is_delete() else f"++{argument.lstrip('+')}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _possible(schema: Any) -> list[type]:
@@ -299,6 +329,12 @@ def guard(job: Callable[[], Any], interrupted: str = "continues from the last ch
         return job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = error.filename or "writing"
+        print(f"error: {where}: {error.strerror}; mend that, or set another run.root or zoo.path", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command {interrupted}.", file=sys.stderr)

@@ -5,6 +5,8 @@
     python playground.py run.name=mine keyframes=0           the generator of another run, no walk
     python playground.py --config-name digits_mask_rpg prompt="all even digits"      networks for a class mask, in words
     python playground.py --config-name digits_mask_rpg mask=1010101010               or in bits, class 0 first
+    python playground.py --config-name digits_text_rpg prompt="one, two and nine"    the sentence itself is the prompt
+    python playground.py --config-name digits_rpg            unprompted
 
 Every network starts from a fresh initialisation (or from noise alone, if the generator needs no start). What is left in
 the run folder, under playground/:
@@ -19,11 +21,12 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from jaxtyping import Bool, Float
@@ -34,19 +37,24 @@ from torch import Tensor
 
 from experiment import Experiment
 from Gpt import masks
+from Gpt.adapters.family import AdapterFamily
 from Gpt.config import RunConfig, checked, nearest
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
+from Gpt.evaluation.reading import kept_reader
 from Gpt.generator import Generator, Prompt
 from Gpt.masks import MaskSplit
 from Gpt.population import stack_initial
+from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task
-from Gpt.text import SentenceEncoder, SentenceReader, TextHead, train_reader
 from Gpt.vocabulary import CLASSES
 from main import check_arguments, guard, typed_config
+from rpg.generator import IDENTITY
+
+WHERE = ("run.", "data.root=", "device=")  # say where the run and its data are, and change nothing about it
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,21 @@ class PlaygroundConfig:
     out: str | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What every network is asked for.
+
+    Attributes:
+        wanted: metric, of a generator that is prompted with one.
+        mask: the classes to pick out, which networks are measured on; None for a single task.
+        told: the prompt that is the same for all networks, by condition, without the batch axis.
+    """
+
+    wanted: float | None = None
+    mask: Bool[Tensor, " classes"] | None = None
+    told: Prompt = field(default_factory=dict)
+
+
 def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
     """Write the networks and the walk; returns the folder.
 
@@ -86,32 +109,28 @@ def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
     """
     task, metric = experiment.task, f"validation_{experiment.task.metric}"
     generator = trained_generator(experiment)
-    wanted, mask = asked_metric(experiment, config), asked_mask(experiment, config)
+    request = asked(experiment, config)
     folder = Path(config.out) if config.out else experiment.folder / "playground"
     folder.mkdir(parents=True, exist_ok=True)
 
-    starts = fresh_starts(task, config.count, config.seed, experiment.device)
-    write = Author(generator, wanted, config, experiment.config.evaluation.max_batch, mask)
-    weights = write(starts)
-    scores = {f"start_{metric}": starts.metric} if generator.needs_start else {}
-    scores |= measured(task, weights, "validation", mask) | measured(task, weights, "test", mask)
-    if wanted is not None:
-        print(f"asked for {metric.replace('_', ' ')} {wanted:g}")
-    elif mask is None:
+    write = Author(generator, request, config, experiment.config.evaluation.max_batch, experiment.device)
+    starts = fresh_starts(task, config, request.mask, experiment.device) if generator.needs_start else None
+    weights = write(config.count, starts)
+    scores = {f"start_{metric}": starts.metric} if starts else {}
+    scores |= measured(task, weights, "validation", request.mask) | measured(task, weights, "test", request.mask)
+    if request.wanted is not None:
+        print(f"asked for {metric.replace('_', ' ')} {request.wanted:g}")
+    elif request.mask is None:
         print("unprompted")
-    print(table(scores))
-    files = [folder / f"network-{i:03d}.safetensors" for i in range(config.count)]
-    for file, row in zip(files, weights.cpu(), strict=True):
-        save_file(task.structure.state_dict(row), file)
-    facts = {
-        "task": task.name,
-        "run": str(experiment.folder),
-        "options": dataclasses.asdict(config) | {"wanted": wanted, "mask": None if mask is None else bits(mask)},
-        "networks": [
-            {"file": file.name} | {name: _finite(values[i]) for name, values in scores.items()}
-            for i, file in enumerate(files)
-        ],
-    }
+    print(networks_table(scores))
+    networks = []
+    for i, row in enumerate(weights.cpu()):
+        file = f"network-{i:03d}.safetensors"
+        save_file(task.structure.state_dict(row), folder / file)
+        networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
+    understood = {"wanted": request.wanted, "mask": None if request.mask is None else bits(request.mask)}
+    options = dataclasses.asdict(config) | understood
+    facts = {"task": task.name, "run": str(experiment.folder), "options": options, "networks": networks}
     if config.keyframes:
         along = walk(write, task, starts, folder / "walk.gif")
         facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
@@ -122,22 +141,26 @@ def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
 
 @dataclass(frozen=True)
 class Author:
-    """A generator that is asked for one metric, or one class mask, `max_batch` networks at a time."""
+    """A generator with one request, `max_batch` networks at a time."""
 
     generator: Generator
-    wanted: float | None
+    request: Request
     config: PlaygroundConfig
     max_batch: int
-    mask: Bool[Tensor, " classes"] | None = None
+    device: torch.device
 
-    def __call__(self, starts: Starts, noise: Float[Tensor, "n ..."] | None = None) -> Float[Tensor, "n D"]:
-        """One network for each start, from the given noise or from noise that the seed names."""
+    def __call__(
+        self, count: int, starts: Starts | None = None, noise: Float[Tensor, "n ..."] | None = None
+    ) -> Float[Tensor, "n D"]:
+        """`count` networks, from the starts in turn, and from the given noise or from noise that the seed names."""
         parts = []
-        for rows in torch.arange(len(starts.weights)).split(self.max_batch):
+        for rows in torch.arange(count).split(self.max_batch):
+            start = rows % len(starts.weights) if starts else rows
+            metric = starts.metric[start] if starts else torch.full((len(rows),), torch.nan)
             parts.append(
                 self.generator.sample(
-                    self._prompt(starts.metric[rows].to(starts.weights)),
-                    starts.weights[rows] if self.generator.needs_start else None,
+                    self._prompt(metric.float().to(self.device)),
+                    starts.weights[start] if starts else None,
                     count=len(rows),
                     steps=self.config.steps,
                     guidance=self.config.guidance,
@@ -148,13 +171,12 @@ class Author:
         return torch.cat(parts)
 
     def _prompt(self, metric: Float[Tensor, " n"]) -> Prompt:
-        prompt: Prompt = {}
-        if self.mask is not None:
-            prompt["class_mask"] = self.mask.float().to(metric.device).expand(len(metric), -1)
-        if self.wanted is None:
-            return prompt
-        known = metric if self.generator.needs_start else torch.full_like(metric, torch.nan)  # as in training
-        return prompt | {"target_metric": torch.stack([known, torch.full_like(metric, self.wanted)], 1)}
+        """`metric`: of the starts, NaN where there is none."""
+        told = self.request.told.items()
+        prompt = {name: value.to(metric.device).expand(len(metric), *value.shape) for name, value in told}
+        if self.request.wanted is not None:
+            prompt["target_metric"] = torch.stack([metric, torch.full_like(metric, self.request.wanted)], 1)
+        return prompt
 
 
 def trained_generator(experiment: Experiment) -> Generator:
@@ -162,12 +184,35 @@ def trained_generator(experiment: Experiment) -> Generator:
 
     Raises:
         CheckpointError: it was not trained yet.
+        ConfigError: it writes adapters of a language model, which have a command of their own.
     """
+    if isinstance(experiment.task.family, AdapterFamily):
+        command = f"python -m rpg.write_adapter --run {experiment.folder} --prompt … --output …"
+        raise ConfigError(
+            f"task {experiment.task.name!r} is about adapters of a language model; write one with: {command}"
+        )
     if experiment.config.resume_path is None and not experiment.checkpoints.exists():
         settings = [f"run.name={experiment.config.run.name}"] if experiment.config.run.name else []
         command = shlex.join(["python", "main.py", "--config-name", experiment.name, *settings])
         raise CheckpointError(f"there is no trained generator in {experiment.folder}; train one with: {command}")
     return experiment.trained()
+
+
+def asked(experiment: Experiment, config: PlaygroundConfig) -> Request:
+    """What the options ask for, as far as this generator can be asked.
+
+    Raises:
+        ConfigError: it cannot be asked for that, or has to be told more.
+    """
+    wanted = asked_metric(experiment, config)
+    if experiment.task.family is not None:
+        return Request(wanted, *asked_classes(experiment, config))
+    if config.prompt is not None or config.mask is not None:
+        raise ConfigError(
+            f"prompt, mask: task {experiment.task.name!r} is a single task; networks for chosen classes come from a "
+            "family of class masks, such as --config-name digits_mask_rpg"
+        )
+    return Request(wanted)
 
 
 def asked_metric(experiment: Experiment, config: PlaygroundConfig) -> float | None:
@@ -186,60 +231,38 @@ def asked_metric(experiment: Experiment, config: PlaygroundConfig) -> float | No
     return None
 
 
-def asked_mask(experiment: Experiment, config: PlaygroundConfig) -> Bool[Tensor, " classes"] | None:
-    """The classes that networks are asked to pick out, printed with how they were understood; None for a single task.
+def asked_classes(experiment: Experiment, config: PlaygroundConfig) -> tuple[Bool[Tensor, " classes"], Prompt]:
+    """The classes to pick out, printed with how they were understood, and what the generator is told of them.
+
+    One that knows sentences is handed the sentence, one that knows masks the mask, as read off the sentence or given.
 
     Raises:
-        ConfigError: a mask is wanted of a single task, a family is not told which, or what it is told says nothing.
+        ConfigError: it is not said which classes, or what is said leaves nothing to tell apart.
     """
-    task, names = experiment.task, class_names(experiment.task)
-    if task.family is None:
-        if config.prompt is not None or config.mask is not None:
-            raise ConfigError(
-                f"prompt, mask: task {task.name!r} is a single task; networks for chosen classes come from a family of "
-                "class masks, such as --config-name digits_mask_rpg"
-            )
-        return None
-    if (config.prompt is None) == (config.mask is None):
-        raise ConfigError('say which classes to pick out, either prompt="all even digits" or mask=1010101010')
+    task, known, told = experiment.task, experiment.config.condition.names, Prompt()
+    names = CLASSES[task.vocabulary] if task.vocabulary else tuple(str(i) for i in range(masks.CLASSES))
+    ways = {"prompt": 'prompt="all even digits"'} | ({"mask": "mask=1010101010"} if "class_mask" in known else {})
+    if [way for way in ("prompt", "mask") if getattr(config, way) is not None] not in [[way] for way in ways]:
+        raise ConfigError(f"say which classes to pick out, by {' or by '.join(ways.values())}")
     if config.prompt is not None:
-        reading = sentence_reader(experiment).read(config.prompt)
+        if task.vocabulary is None:
+            raise ConfigError(f"task {task.name!r} has no vocabulary for sentences; give mask=…")
+        reader = kept_reader(task.vocabulary, experiment.folder / "text")
+        reading = reader.read(config.prompt)
         mask = reading.require()
         sure = ", ".join(f"{name} {p:.2f}" for name, p in zip(names, reading.probabilities.tolist(), strict=True))
         print(f"“{config.prompt}” was read as: {sure}")
+        if "text" in known:
+            told["text"] = reader.embed([config.prompt])[0]
     else:
         mask = mask_of_bits(config.mask or "", len(names))
     if mask.all() or not mask.any():
         raise ConfigError("all classes, or none of them, leave nothing to tell apart; choose some of them")
     chosen = ", ".join(name for name, inside in zip(names, mask.tolist(), strict=True) if inside)
     print(f"networks that pick out {chosen} (mask {bits(mask)}, {mask_role(task.family, mask)})")
-    return mask
-
-
-def sentence_reader(experiment: Experiment) -> SentenceReader:
-    """The reader of the task's vocabulary, trained at its first use and kept in the run folder.
-
-    Raises:
-        ConfigError: the task has no vocabulary, or the optional packages for text are missing.
-    """
-    vocabulary = experiment.task.vocabulary
-    if vocabulary is None:
-        raise ConfigError(f"task {experiment.task.name!r} has no vocabulary for sentences; give mask=…")
-    folder = experiment.folder / "text"
-    encoder = SentenceEncoder(cache=folder / "embeddings.safetensors")
-    file = folder / f"{vocabulary}.safetensors"
-    if file.is_file():
-        return SentenceReader(encoder, TextHead.load(file, encoder.identity))
-    print(f"learning to read sentences about {vocabulary}, once …", flush=True)
-    reader = train_reader(encoder, vocabulary)
-    folder.mkdir(parents=True, exist_ok=True)
-    reader.head.save(file, encoder.identity)
-    return reader
-
-
-def class_names(task: Task) -> tuple[str, ...]:
-    """Names of the task's classes, or their numbers."""
-    return CLASSES[task.vocabulary] if task.vocabulary else tuple(str(i) for i in range(masks.CLASSES))
+    if "class_mask" in known:
+        told["class_mask"] = mask.float()
+    return mask, told
 
 
 def mask_of_bits(text: str, classes: int) -> Bool[Tensor, " classes"]:
@@ -276,38 +299,36 @@ def measured(
     return test_population(task, weights, split, mask.expand(len(weights), -1))
 
 
-def fresh_starts(task: Task, count: int, seed: int, device: torch.device) -> Starts:
+def fresh_starts(
+    task: Task, config: PlaygroundConfig, mask: Bool[Tensor, " classes"] | None, device: torch.device
+) -> Starts:
     """New initialisations, which no zoo holds."""
-    seeds = [derive_seed(seed, "playground", "start", i) for i in range(count)]
+    seeds = [derive_seed(config.seed, "playground", "start", i) for i in range(config.count)]
     weights = stack_initial(task.constructor, task.structure, seeds).to(device)
-    return Starts("fresh starts", weights, test_population(task, weights, "validation")[f"validation_{task.metric}"])
+    return Starts("fresh starts", weights, measured(task, weights, "validation", mask)[f"validation_{task.metric}"])
 
 
-def walk(write: Author, task: Task, starts: Starts, path: Path) -> Float[Tensor, " networks"]:
-    """Animate the networks along a closed loop of noise, from the first start; returns their validation metrics."""
-    device, config = starts.weights.device, write.config
-    generator = rng(device, config.seed, "playground", "walk")
+def walk(write: Author, task: Task, starts: Starts | None, path: Path) -> Float[Tensor, " networks"]:
+    """Animate the networks along a closed loop of noise, from the first start; returns their validation metrics.
+
+    A generator of several runs' networks keeps to the first run's identity.
+    """
+    config, name = write.config, f"validation_{task.metric}"
+    generator = rng(write.device, config.seed, "playground", "walk")
     shape = config.keyframes, *write.generator.noise_shape
-    noise = slerp_loop(torch.randn(shape, generator=generator, device=device), config.frames)
-    repeated = Starts("walk", starts.weights[:1].expand(len(noise), -1), starts.metric[:1].expand(len(noise)))
-    weights = write(repeated, noise)
-    metric = measured(task, weights, "validation", write.mask)[f"validation_{task.metric}"]
-    walk_gif(first_layer_filters(task.structure, weights), metric.tolist(), path, name=f"validation {task.metric}")
-    return metric
-
-
-def table(scores: dict[str, Float[Tensor, " n"]]) -> str:
-    """One line for each network, then the means."""
-    values = torch.stack(list(scores.values()), 1)
-    widths = [max(10, len(name)) for name in scores]
-    lines = [("", list(scores))]
-    lines += [(f"network-{i:03d}", [f"{value:.4g}" for value in row]) for i, row in enumerate(values.tolist())]
-    lines += [("mean", [f"{value:.4g}" for value in values.mean(0).tolist()])]
-    return "\n".join(
-        f"{label:11s}"
-        + "".join(f"  {cell.replace('_', ' '):>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for label, cells in lines
-    )
+    loop = slerp_loop(torch.randn(shape, generator=generator, device=write.device), config.frames)
+    if getattr(write.generator, "identities", None) is not None:
+        told = write.request.told | {IDENTITY: torch.tensor(0)}
+        write = replace(write, request=replace(write.request, told=told))
+    first = starts and replace(starts, weights=starts.weights[:1], metric=starts.metric[:1])
+    filters, metric = [], []
+    for noise in loop.split(config.frames):  # large networks: an arc at a time is all that is kept
+        weights = write(len(noise), first, noise)
+        filters.append(first_layer_filters(task.structure, weights))
+        metric.append(measured(task, weights, "validation", write.request.mask)[name])
+    along = torch.cat(metric)
+    walk_gif(np.concatenate(filters), along.tolist(), path, name=name.replace("_", " "))
+    return along
 
 
 def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
@@ -333,6 +354,17 @@ def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
     return checked(PlaygroundConfig, values | words), others
 
 
+def run_of(config: RunConfig, name: str, settings: list[str]) -> Experiment:
+    """The run, with the settings that it was trained with, unless the command line has settings of its own."""
+    given = Experiment(config, name)
+    file = given.folder / "config.yaml"
+    if settings or not file.is_file():
+        return given
+    trained: Any = OmegaConf.to_container(OmegaConf.load(file))
+    data = trained["data"] | ({"root": config.data.root} if config.data.root else {})
+    return Experiment(replace(checked(RunConfig, trained | {"data": data}), run=config.run, device=config.device), name)
+
+
 def _finite(value: Float[Tensor, ""]) -> float | None:
     """JSON has neither NaN nor infinity."""
     return value.item() if math.isfinite(value) else None
@@ -344,12 +376,13 @@ def main() -> None:
         print(f"{__doc__}\n{PlaygroundConfig.__doc__}")
         return
     options, others = guard(lambda: split_arguments(sys.argv[1:]))
+    settings = [argument for argument in others if "=" in argument and not argument.startswith(("-", *WHERE))]
     sys.argv[1:] = guard(lambda: check_arguments(others))
 
     @hydra.main(version_base="1.3", config_path="configs", config_name="digits_loss")
     def compose_and_play(composed: DictConfig) -> None:
         name = HydraConfig.get().job.config_name
-        guard(lambda: play(Experiment(typed_config(composed), name), options), interrupted="starts over")
+        guard(lambda: play(run_of(typed_config(composed), name, settings), options), interrupted="starts over")
 
     compose_and_play()
 

@@ -93,7 +93,7 @@ class TargetMetric(nn.Module):
 
 
 class Features(nn.Module):
-    """A feature vector `[B, features]` (class mask, sentence embedding) -> embedding."""
+    """A feature vector `[B, features]` (sentence embedding) -> embedding."""
 
     def __init__(self, width: int, features: int):
         super().__init__()
@@ -102,6 +102,13 @@ class Features(nn.Module):
 
     def forward(self, value: Float[Tensor, "B features"]) -> Float[Tensor, "B width"]:
         return self.mlp(value.float())
+
+
+class ClassMask(Features):
+    """A class mask `[B, classes]` of zeros and ones -> embedding; classes that are out count as much as those in."""
+
+    def forward(self, value: Float[Tensor, "B classes"]) -> Float[Tensor, "B width"]:
+        return super().forward(2 * value.float() - 1)
 
 
 PROMPT_FEATURES = {"target_metric": 2, "class_mask": 10, "text": 384}
@@ -114,9 +121,10 @@ class Conditions(nn.Module):
     def __init__(self, features: dict[str, int], width: int, dropout: float = 0.1):
         super().__init__()
         self.width, self.dropout = width, dropout
+        kinds = {"class_mask": ClassMask, "text": Features}
         self.encoders = nn.ModuleDict(
             {
-                name: TargetMetric(width) if name == "target_metric" else Features(width, size)
+                name: TargetMetric(width) if name == "target_metric" else kinds[name](width, size)
                 for name, size in features.items()
             }
         )

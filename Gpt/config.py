@@ -180,7 +180,8 @@ def checked(schema: type[Schema], values: dict[str, Any], where: str = "") -> Sc
     except ValidationError as error:
         first = error.errors()[0]
         key = where + ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"configuration: {key}={first['input']!r}: {first['msg']}") from error
+        remedy = f"; write a list, [{first['input']}]" if first["type"] == "tuple_type" else ""
+        raise ConfigError(f"configuration: {key}={first['input']!r}: {first['msg']}{remedy}") from error
 
 
 def _check_keys(schema: type, values: dict[str, Any], where: str) -> None:

@@ -59,12 +59,20 @@ class _Convolution(torch.autograd.Function):
         return by_images, by_kernels, None, None, None
 
 
-@torch.compiler.allow_in_graph  # the compiler would look inside, and miss `backward`
 def differentiable_conv2d(
     images: Tensor, kernels: Tensor, stride: Sequence[int], padding: Sequence[int], channels_last: bool
 ) -> Tensor:
-    """`population_conv2d` for `torch.func` transformations, `torch.compile` and ordinary autograd."""
+    """`population_conv2d` for `torch.func` transformations, ordinary autograd and, once it is told, `torch.compile`."""
     return _Convolution.apply(images, kernels, stride, padding, channels_last)
+
+
+@cache
+def tell_compiler() -> None:
+    """Have `differentiable_conv2d` compiled as one operator: the compiler would look inside, and miss `backward`.
+
+    Not done on import, because it loads the compiler, for seconds.
+    """
+    torch.compiler.allow_in_graph(differentiable_conv2d)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

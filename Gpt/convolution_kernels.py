@@ -111,8 +111,9 @@ def _block(channels: int) -> int:
 
 
 def _precision(tensor: Tensor) -> str:
-    """Three products of TensorFloat-32 are one of float32 to rounding."""
-    return "tf32x3" if tensor.dtype == torch.float32 else "tf32"
+    """As torch's own products: three of TensorFloat-32 are one of float32 to rounding, where that is asked for."""
+    exact = tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
 
 
 @triton.jit

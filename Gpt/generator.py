@@ -92,7 +92,7 @@ class Generator(nn.Module):
     @property
     def smooth_sampler(self) -> str:
         """The sampler that networks are a smooth function of the noise with; used where the noise is given."""
-        return self.sampler
+        return "ddim" if self.sampler == "ddpm" else self.sampler
 
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""

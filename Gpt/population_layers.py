@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from Gpt.convolution import differentiable_conv2d
+from Gpt.convolution import differentiable_conv2d, tell_compiler
 
 
 def for_populations(net: nn.Module, example: Float[Tensor, "1 ..."]) -> nn.Module:
@@ -30,6 +30,8 @@ def for_populations(net: nn.Module, example: Float[Tensor, "1 ..."]) -> nn.Modul
         if stand_in is PopulationConv2d:
             layer.channels_last = True
             convolutions.append(layer)
+    if convolutions:
+        tell_compiler()
     try:
         with torch.no_grad():
             net(example)
@@ -62,6 +64,7 @@ class PopulationConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             images, kernels = images.to(dtype), kernels.to(dtype)
+        assert not isinstance(self.padding, str)
         maps = differentiable_conv2d(images[None], kernels[None], self.stride, self.padding, self.channels_last)[0]
         return maps if self.bias is None else maps + self.bias.to(maps.dtype)[:, None, None]
 

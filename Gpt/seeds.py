@@ -5,13 +5,16 @@ the order in which parts of a program ran, and the global random state of torch 
 """
 
 import hashlib
+import json
 
 import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed that depends on `seed` and on every name, in order (BLAKE2b)."""
-    key = "/".join([str(int(seed)), *(str(name) for name in names)])
+    """A 63-bit seed that depends on `seed` and on every name, in order (BLAKE2b); 1 and "1" are the same name."""
+    parts = [str(int(seed)), *(str(name) for name in names)]
+    # A name with a slash would read as two; such keys are JSON lists, which begin with no number.
+    key = json.dumps(parts) if any("/" in part for part in parts) else "/".join(parts)
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 

@@ -99,9 +99,7 @@ class Structure:
                 groups = tuple(symmetry.get(name, (None,) * value.dim()))
                 if len(groups) != value.dim():
                     raise StructureError(f"symmetry of {name!r} names {len(groups)} axes, the tensor has {value.dim()}")
-                tensors.append(
-                    TensorSpec(name, tuple(value.shape), value.dtype, _kind(name, value), offset, groups)
-                )
+                tensors.append(TensorSpec(name, tuple(value.shape), value.dtype, _kind(name, value), offset, groups))
                 offset += value.numel()
         if not tensors:
             raise StructureError("the network has no floating-point tensors, so there is nothing to generate")

@@ -36,6 +36,7 @@ import difflib
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
@@ -48,7 +49,7 @@ from torch import Tensor, nn
 
 from Gpt.adapters.family import AdapterFamily
 from Gpt.catalogue import adapters, cartpole, vision, whole
-from Gpt.errors import StructureError, TaskError
+from Gpt.errors import StructureError, TaskError, UserError
 from Gpt.masks import MaskSplit
 from Gpt.population import Population
 from Gpt.recipes import Recipe
@@ -87,15 +88,10 @@ class Task:
         """One network of the architecture; only shapes and buffers matter.
 
         Raises:
-            TaskError: the constructor needs arguments, or builds something else.
+            TaskError: the constructor fails, as it does where it needs arguments, or builds something else.
         """
-        try:
-            with torch.random.fork_rng(devices=[]):
-                net = self.constructor()
-        except TypeError as error:
-            raise TaskError(
-                f"task {self.name!r}: constructor must need no arguments, but calling it said: {error}"
-            ) from error
+        with torch.random.fork_rng(devices=[]):
+            net = self._call("constructor", self.constructor)
         if not isinstance(net, nn.Module):
             raise TaskError(
                 f"task {self.name!r}: constructor returned {type(net).__name__}, expected a torch.nn.Module"
@@ -121,12 +117,13 @@ class Task:
         `AdapterFamily`'s functions end with the member themselves.
 
         Raises:
-            TaskError: there is no such split, the task has no training data, or the split's function does not return a
-                tuple or list.
+            TaskError: there is no such split, the task has no training data, or the split's function fails or does not
+                return a tuple or list.
         """
         key = f"{split}/{device}"
         if key not in self._data:
-            items = self._data_function(split)()
+            function = self._data_key(split)
+            items = self._call(function, getattr(self, function))
             if not isinstance(items, tuple | list):
                 raise TaskError(
                     f"task {self.name!r}: the data function of the {split} split returned {type(items).__name__}, "
@@ -137,15 +134,16 @@ class Task:
             self._data[key] = tuple(i.to(device) if isinstance(i, Tensor) else i for i in items)
         return self._data[key]
 
-    def _data_function(self, split: str) -> Callable[[], Sequence]:
+    def _data_key(self, split: str) -> str:
+        """The key whose function gives a split's data."""
         if split == "train":
             if self.train_data_fn is None:
                 raise TaskError(f"task {self.name!r} has no training data; add the key 'train_data_fn'")
-            return self.train_data_fn
+            return "train_data_fn"
         if split == "validation":
-            return self.validation_data_fn or self.data_fn
+            return "validation_data_fn" if self.validation_data_fn else "data_fn"
         if split == "test":
-            return self.data_fn
+            return "data_fn"
         raise TaskError(f"task {self.name!r}: there is no split {split!r}, expected train, validation or test")
 
     def score(self, net: nn.Module | Population, split: str, device: torch.device | str = "cpu") -> Any:
@@ -153,15 +151,34 @@ class Task:
         result = self.task_test_fn(*self.data(split, device), net)
         return result[0] if isinstance(result, tuple | list) else result
 
+    def _call(self, key: str, function: Callable[..., Any], *inputs: Any) -> Any:
+        """What a function of the entry returns.
+
+        Raises:
+            TaskError: it fails; names the task, the key and the line.
+        """
+        try:
+            return function(*inputs)
+        except UserError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            place = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+            where = f"{Path(place[-1].filename).name}, line {place[-1].lineno}"
+            raise TaskError(
+                f"task {self.name!r}: key {key!r} failed in {where}: {type(error).__name__}: {error}; expected "
+                f"{_EXPECTED[key]}"
+            ) from error
+
     def verify(self) -> "Task":
         """Run every function once on a fresh network.
 
         Raises:
-            TaskError: a function returns something else than its key promises; names the task and the key.
+            TaskError: a function fails, or returns something else than its key promises; names the task and the key.
         """
         for split in ("test", "validation"):
             with torch.no_grad():
-                value = self.score(self.template.eval(), split)
+                value = self._call("task_test_fn", self.score, self.template.eval(), split)
             try:
                 value = float(value)
             except (TypeError, ValueError) as error:
@@ -248,7 +265,7 @@ def _check_value(name: str, key: str, value: Any) -> None:
 
 
 def get_task(name: str) -> Task:
-    """Look a task up, check its entry and run its functions once.
+    """Look a task up, check its entry and, but for adapters, run its functions once.
 
     Raises:
         TaskError: no such task (names the nearest), or the entry does not keep its promises.
@@ -257,7 +274,9 @@ def get_task(name: str) -> Task:
         nearest = difflib.get_close_matches(name, TASK_METADATA, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known tasks: {', '.join(sorted(TASK_METADATA))}"
         raise TaskError(f"there is no task {name!r}; {hint} (your own: task_modules=[path/to/my_tasks.py])")
-    return check_entry(name, TASK_METADATA[name]).verify()
+    task = check_entry(name, TASK_METADATA[name])
+    # The functions of adapters are the library's own, and would load a language model before it is needed.
+    return task if isinstance(task.family, AdapterFamily) else task.verify()
 
 
 def load_task_modules(paths: Sequence[str] = ()) -> None:

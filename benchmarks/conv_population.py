@@ -190,6 +190,8 @@ class Population:
         self.images = batch.movedim(-1, 2)  # channels last, as augmentation leaves them
         self.labels = torch.randint(10, (networks, images), generator=draw).to(device)
         self.dtype, self.compile = dtype, compile
+        if compile:
+            convolution.tell_compiler()
 
     def gradient(self, convolve: Convolution, dtype: torch.dtype, compile: bool) -> Callable[[Tensor], Tensor]:
         """Flat weights `[P, D]` -> gradient `[P, D]`."""

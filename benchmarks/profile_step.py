@@ -224,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for tokens, width in ((11, 64), (11, 32), (26, 96), (64, 64)):
         bench.case(f"attention/{tokens}x{width}", partial(attention, bench, (2048, 16, tokens, width), repeats))
     bench.case("zoo/mnist", partial(zoo_step, ZOOS["mnist"], None, bench, repeats))
+    bench.case("zoo/cifar10", partial(zoo_step, ZOOS["cifar10"], None, bench, repeats))
     bench.case("train/512", partial(train, widths[512], bench, repeats))
     bench.case("sample/mnist_paper", partial(sample, published, graphed, bench, 20))
     bench.case("sample/mnist", partial(sample, widths[1024], graphed, bench, 10))

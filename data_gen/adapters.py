@@ -1,5 +1,6 @@
 """Adapter populations: many low-rank adapters of one frozen language model, trained in the same passes through it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,10 +45,20 @@ def train_adapter_population(
         DataError: there are fewer training examples than one mini-batch takes.
     """
     base = load_base(recipe.base, device)
-    groups = [run_ids[i : i + recipe.adapters_per_forward] for i in range(0, len(run_ids), recipe.adapters_per_forward)]
+    groups = _groups(task, recipe, run_ids)
     trained = [_train_group(task, recipe, base, group, seed, snapshot_iterations, progress) for group in groups]
-    metrics = {name: torch.cat([columns[name] for _, columns in trained]) for name in trained[0][1]}
-    return torch.cat([weights for weights, _ in trained]), metrics
+    order = torch.tensor([run_ids.index(run) for group in groups for run in group], device=base.device).argsort()
+    metrics = {name: torch.cat([columns[name] for _, columns in trained])[order] for name in trained[0][1]}
+    return torch.cat([weights for weights, _ in trained])[order], metrics
+
+
+def _groups(task: Task, recipe: AdapterRecipe, run_ids: list[int]) -> list[list[int]]:
+    """Runs that are trained in one pass: as many in each, of similar length, so that little is padding."""
+    family, _ = adapter_parts(task)
+    longest = task.data("train")[1].amax((1, 2))[family.member_of_runs(torch.tensor(run_ids))].tolist()
+    order = [run for _, run in sorted(zip(longest, run_ids, strict=True))]
+    count = math.ceil(len(order) / recipe.adapters_per_forward)
+    return [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
 
 
 def _train_group(

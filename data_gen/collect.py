@@ -6,7 +6,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_gen.adapters import train_adapter_population
+from data_gen.background import Background, background
 from data_gen.ppo import train_ppo_population
 from data_gen.single import total_iterations_of, train_one_by_one
 from data_gen.vision import iterations_of, train_supervised_population
@@ -29,6 +31,8 @@ from Gpt.seeds import rng
 from Gpt.tasks import Task
 
 WAIT_SECONDS = 1.0
+WRITERS = 2  # shards that are written at once, while the next is trained
+PINNED_BYTES = 2**28  # pinned memory is allotted in powers of two: pieces of that size waste little
 
 
 def snapshot_schedule(iterations: int, snapshots: int, spacing: str = "log", seed: int = 0) -> list[int]:
@@ -91,7 +95,8 @@ def _recipe_record(task: Task) -> dict[str, Any]:
     if sources.limit() is not None:
         record["examples"] = sources.limit()
     if task.family is not None:
-        record["family"] = dataclasses.asdict(task.family)
+        fields = [f.name for f in dataclasses.fields(task.family) if f.metadata.get("decides_zoo", True)]
+        record["family"] = {name: getattr(task.family, name) for name in fields}
     return json.loads(json.dumps(record))  # in the types that a manifest gives back
 
 
@@ -126,6 +131,15 @@ def train_population(
     return weights, metrics
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises:
+    ConfigError: one of the sizes is 0 or less.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"zoo: {name} is {value}, expected at least 1")
+
+
 def collect(
     task: Task,
     path: str | Path,
@@ -156,9 +170,7 @@ def collect(
         TaskError: the task has no recipe.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
     """
-    for name, value in {"runs": runs, "shard_runs": shard_runs, "population": population or shard_runs}.items():
-        if value < 1:
-            raise ConfigError(f"zoo: {name} is {value}, expected at least 1")
+    check_positive(runs=runs, shard_runs=shard_runs, population=population or shard_runs)
     folder = Path(path)
     iterations = snapshot_schedule(total_iterations(task), snapshots, spacing, seed)
     manifest = Manifest.of(
@@ -173,43 +185,100 @@ def collect(
     )
     shards.create_manifest(folder, manifest)
     pending = {i: list(range(i * shard_runs, min((i + 1) * shard_runs, runs))) for i in range(-(-runs // shard_runs))}
-    with tqdm(total=runs * snapshots, unit=" snapshots", unit_scale=True, disable=not progress) as bar:
-        train = partial(_train_shard, task, manifest, device=device, population=population or shard_runs, bar=bar)
+    with (
+        tqdm(total=runs * snapshots, unit=" snapshots", unit_scale=True, disable=not progress) as bar,
+        background(WRITERS) as writers,
+    ):
+        worker = _Worker(task, folder, manifest, torch.device(device), population or shard_runs, writers, bar)
         while pending:
             for index, run_ids in list(pending.items()):
-                if _collect_shard(folder, manifest, index, run_ids, train, bar):
+                if worker.finish(index, run_ids):
                     del pending[index]
             if pending:
                 lock = _lock_file(folder, min(pending))
                 bar.set_postfix_str(f"waiting for the worker of {lock}; delete that file if the worker is gone")
+                worker.count(0)
                 time.sleep(WAIT_SECONDS)
 
 
-def _collect_shard(
-    folder: Path, manifest: Manifest, index: int, run_ids: list[int], train: Callable, bar: tqdm
-) -> bool:
-    """Make one shard unless it is finished; False when another worker is at it."""
-    if not shards.covers(folder, index, run_ids[-1]):
-        with claim(folder, index) as claimed:
-            if not claimed:
-                return False
-            if not shards.covers(folder, index, run_ids[-1]):
-                shards.write_shard(folder, manifest, index, run_ids, *train(run_ids))
-                return True
-    bar.update(len(run_ids) * len(manifest.iterations))
-    return True
+@dataclass(frozen=True)
+class _Networks:
+    """The networks of a shard and their metrics, in main memory or, from a GPU, on their way there.
+
+    Attributes:
+        weights: of each run.
+        metrics: of each population.
+        arrived: when copying ends.
+        seconds: what making them took.
+    """
+
+    weights: list[Float[Tensor, "S D"]]
+    metrics: list[dict[str, Float[Tensor, "_ S"]]]
+    arrived: torch.cuda.Event | None
+    seconds: float
 
 
-def _train_shard(
-    task: Task, manifest: Manifest, run_ids: list[int], *, device: torch.device | str, population: int, bar: tqdm
-) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
-    weights, metrics = [], []
-    for first in range(0, len(run_ids), population):
-        members = run_ids[first : first + population]
-        trained = train_population(task, members, manifest.seed, manifest.iterations, device, progress=bar.update)
-        weights.append(trained[0].cpu())
-        metrics.append({name: values.cpu() for name, values in trained[1].items()})
-    return torch.cat(weights), {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+@dataclass(frozen=True)
+class _Worker:
+    """One process's part in a collection: it trains a shard while the ones before are written in the background."""
+
+    task: Task
+    folder: Path
+    manifest: Manifest
+    device: torch.device
+    population: int
+    writers: Background
+    bar: tqdm
+
+    def finish(self, index: int, run_ids: list[int]) -> bool:
+        """Make one shard unless that is done; False when another worker is at it."""
+        if not shards.covers(self.folder, index, run_ids[-1]):
+            with ExitStack() as claimed:
+                if not claimed.enter_context(claim(self.folder, index)):
+                    return False
+                if not shards.covers(self.folder, index, run_ids[-1]):
+                    trained = self.train(run_ids)
+                    self.writers.start(partial(self.store, claimed.pop_all(), index, run_ids, trained))
+                    return True
+        self.count(len(run_ids) * len(self.manifest.iterations))
+        return True
+
+    def train(self, run_ids: list[int]) -> _Networks:
+        """The runs of a shard; a GPU copies each population into pinned memory and is not waited for.
+
+        The seconds include waiting for the disk, where that is slower than training.
+        """
+        begun = time.perf_counter()
+        rows: list[Tensor] = []
+        metrics, arrived = [], None
+        for first in range(0, len(run_ids), self.population):
+            members = run_ids[first : first + self.population]
+            weights, columns = train_population(
+                self.task, members, self.manifest.seed, self.manifest.iterations, self.device, progress=self.count
+            )
+            for piece in weights.split(max(1, PINNED_BYTES // weights[0].nbytes)):
+                rows.extend(piece.to("cpu", non_blocking=True))
+            metrics.append({name: values.to("cpu", non_blocking=True) for name, values in columns.items()})
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event(blocking=True)
+            arrived.record(torch.cuda.current_stream(self.device))
+        self.writers.make_room()
+        return _Networks(rows, metrics, arrived, time.perf_counter() - begun)
+
+    def store(self, claimed: ExitStack, index: int, run_ids: list[int], trained: _Networks) -> None:
+        """Write a shard when its networks are there, and give up its claim."""
+        with claimed:
+            if trained.arrived:
+                trained.arrived.synchronize()
+            metrics = {name: torch.cat([part[name] for part in trained.metrics]) for name in trained.metrics[0]}
+            shards.write_shard(
+                self.folder, self.manifest, index, run_ids, trained.weights, metrics, seconds=trained.seconds
+            )
+
+    def count(self, made: int) -> None:
+        """Show new snapshots; a full disk is told now, not when the next shard is trained."""
+        self.writers.check()
+        self.bar.update(made)
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

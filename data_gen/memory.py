@@ -5,16 +5,21 @@ to the same numbers, because a run is a function of (seed, run id). A `Stream` r
 ones as training goes on: a generator then never sees a network often enough to memorise it.
 """
 
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data_gen.collect import snapshot_schedule, total_iterations, train_population
+from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
+from Gpt.distributed import primary
 from Gpt.errors import ConfigError
 from Gpt.tasks import Task
 
@@ -42,9 +47,7 @@ def collect_in_memory(
         TaskError: the task has no recipe.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
     """
-    for name, value in {"runs": runs, "population": population}.items():
-        if value < 1:
-            raise ConfigError(f"zoo: {name} is {value}, expected at least 1")
+    check_positive(runs=runs, population=population)
     if dtype not in DTYPES:
         raise ConfigError(f"zoo: dtype {dtype!r} is not known, expected one of {', '.join(DTYPES)}")
     iterations = snapshot_schedule(total_iterations(task), snapshots, spacing, seed)
@@ -52,6 +55,7 @@ def collect_in_memory(
     metrics: dict[str, Tensor] = {}
     run_ids: list[int] = []
     dropped: dict[int, str] = {}
+    begun = time.perf_counter()
     with tqdm(total=runs * len(iterations), unit=" snapshots", unit_scale=True, disable=not progress) as bar:
         for first in range(0, runs, population):
             members = list(range(first, min(first + population, runs)))
@@ -74,6 +78,7 @@ def collect_in_memory(
         test_runs=test_runs,
         validation_runs=validation_runs,
         dropped=dropped,
+        seconds=time.perf_counter() - begun,
     )
 
 
@@ -81,20 +86,29 @@ class Stream:
     """Every `every` training steps, the oldest `population` training runs of a zoo give way to new ones.
 
     What the zoo holds at a step is a function of the step: a resumed training trains again the populations that the
-    zoo held when it was interrupted.
+    zoo held when it was interrupted. Final networks of all populations are kept on disk, 4 D bytes a run, so that an
+    evaluation can tell copies of any run that training drew from.
 
     Args:
         zoo: kept in memory; its test and validation runs stay.
         train: `run ids -> (weights, metrics)` of these runs.
+        folder: for the final networks, which are a function of what `train` is.
 
     Raises:
         ConfigError: the training split holds fewer runs than a population.
     """
 
     def __init__(
-        self, zoo: Zoo, train: Callable[[list[int]], Trained], every: int, population: int, max_weight: float = 10.0
+        self,
+        zoo: Zoo,
+        train: Callable[[list[int]], Trained],
+        every: int,
+        population: int,
+        folder: Path,
+        max_weight: float = 10.0,
     ):
         self.zoo, self.train, self.every, self.population, self.max_weight = zoo, train, every, population, max_weight
+        self.folder = folder
         self.rows = zoo.split("train")
         self.slots = len(self.rows) // population
         self.first_run = int(zoo.run_ids.max()) + 1
@@ -104,6 +118,8 @@ class Stream:
                 f"zoo.refresh_every: the training split has {len(self.rows)} runs, fewer than "
                 f"zoo.population={population}; lower zoo.population"
             )
+        first = self.rows[: self.slots * population]  # in the order in which they give way
+        self._first_networks = zoo.read(first, torch.full_like(first, zoo.snapshots - 1)).cpu()
 
     def __call__(self, step: int) -> None:
         """Bring the zoo to the state that belongs to a training step; steps must not decrease."""
@@ -112,18 +128,43 @@ class Stream:
             self._replace(generation)
         self.generation = wanted
 
+    def finish(self, steps: int) -> None:
+        """Bring the zoo to the state of the last of so many steps, and give it the networks that it held before."""
+        self(steps - 1)
+        left = range(1, self.generation - self.slots + 1)
+        replaced = self._first_networks[: min(self.generation, self.slots) * self.population]
+        self.zoo.former = torch.cat([replaced, *(self._final_networks(generation) for generation in left)])
+
     def _replace(self, generation: int) -> None:
-        first = self.first_run + (generation - 1) * self.population
-        run_ids = list(range(first, first + self.population))
-        weights, metrics = self.train(run_ids)
-        bad = bad_runs(run_ids, weights, self.max_weight)
-        good = [i for i, run in enumerate(run_ids) if run not in bad]
-        if not good:
+        run_ids, weights, metrics = self._trained(generation)
+        if not run_ids:
             return
         # A run that had to be dropped is replaced by a sound one of its population.
-        source = torch.tensor([i if run not in bad else good[i % len(good)] for i, run in enumerate(run_ids)])
+        source = torch.arange(self.population) % len(run_ids)
         slot = (generation - 1) % self.slots
         rows = self.rows[slot * self.population : (slot + 1) * self.population]
         names = torch.tensor(run_ids)[source]
         source = source.to(weights.device)
         self.zoo.replace(rows, names, weights[source], {name: values[source] for name, values in metrics.items()})
+
+    def _trained(self, generation: int) -> tuple[list[int], Float[Tensor, "n S D"], dict[str, Float[Tensor, "n S"]]]:
+        """The sound runs of a population; the first process keeps their final networks."""
+        first = self.first_run + (generation - 1) * self.population
+        run_ids = list(range(first, first + self.population))
+        weights, metrics = self.train(run_ids)
+        bad = bad_runs(run_ids, weights, self.max_weight)
+        good = [i for i, run in enumerate(run_ids) if run not in bad]
+        weights, metrics = weights[good], {name: values[good] for name, values in metrics.items()}
+        if primary():
+            file = self._file(generation)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"weights": weights[:, -1].cpu().contiguous()}, file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+        return [run_ids[i] for i in good], weights, metrics
+
+    def _final_networks(self, generation: int) -> Float[Tensor, "n D"]:
+        file = self._file(generation)
+        return load_file(file)["weights"] if file.is_file() else self._trained(generation)[1][:, -1].cpu()
+
+    def _file(self, generation: int) -> Path:
+        return self.folder / f"{generation:06d}.safetensors"

@@ -12,17 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from data_gen.vision import CROP_PADDING, flip_crop, iterations_of
-from Gpt.errors import ConfigError, TaskError
+from data_gen.vision import CROP_PADDING, check_choices, flip_crop, iterations_of
+from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.population import stack_initial
 from Gpt.recipes import SingleRecipe
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCHEDULES = ("cosine", "constant")
-AUGMENTATIONS = ("none", "flip_crop")
 
 
 def train_one_by_one(
@@ -75,9 +71,7 @@ def train_network(
     task: Task, recipe: SingleRecipe, run_id: int, seed: int, keep: list[int], device: torch.device
 ) -> Float[Tensor, "S D"]:
     """One run: its weights after each number of iterations in `keep`; see `train_one_by_one`."""
-    for field, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("augmentation", AUGMENTATIONS)):
-        if getattr(recipe, field) not in known:
-            raise ConfigError(f"recipe: {field} is {getattr(recipe, field)!r}, expected one of {', '.join(known)}")
+    check_choices(recipe)
     annealed = iterations_of(task, recipe)
     batches = mini_batches(task, recipe, run_id, seed, device)
     net = _initial_network(task, 0 if recipe.shared_init else run_id, seed, device)

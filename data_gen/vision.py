@@ -14,7 +14,7 @@ logits, 5 ms.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from Gpt import updates
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.population import Population, population_gradient, stack_initial, training_precision
-from Gpt.recipes import SupervisedRecipe
+from Gpt.recipes import SingleRecipe, SupervisedRecipe
 from Gpt.scoring import classification_error, classification_loss, mask_error
 from Gpt.seeds import derive_seed
 from Gpt.shared_inputs import with_shared_inputs
@@ -34,6 +34,11 @@ from Gpt.tasks import Task
 
 TRAIN_METRIC_EXAMPLES = 2000
 CROP_PADDING = 4
+CHOICES = {
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("cosine", "constant"),
+    "augmentation": ("none", "flip_crop"),
+}
 
 
 def train_supervised_population(
@@ -111,8 +116,7 @@ class TrainingStep:
     """One mini-batch of every run of a population, without host synchronisation."""
 
     def __init__(self, task: Task, recipe: SupervisedRecipe, device: torch.device, compile: bool = False):
-        _check_choice(recipe, "schedule", ("cosine", "constant"))
-        _check_choice(recipe, "augmentation", ("none", "flip_crop"))
+        check_choices(recipe)
         _check_deterministic(task)
         self.task, self.recipe, self.device = task, recipe, device
         self.iterations = iterations_of(task, recipe)
@@ -176,10 +180,14 @@ def _train_data(task: Task, device: torch.device | str) -> tuple[Tensor, Tensor]
     return data
 
 
-def _check_choice(recipe: SupervisedRecipe, field: str, known: tuple[str, ...]) -> None:
-    value = getattr(recipe, field)
-    if value not in known:
-        raise ConfigError(f"recipe: {field} is {value!r}, expected one of {', '.join(known)}")
+def check_choices(recipe: SupervisedRecipe | SingleRecipe) -> None:
+    """Raises:
+    ConfigError: the recipe names an unknown optimizer, schedule or augmentation.
+    """
+    for field, known in CHOICES.items():
+        value = getattr(recipe, field)
+        if value not in known:
+            raise ConfigError(f"recipe: {field} is {value!r}, expected one of {', '.join(known)}")
 
 
 def _check_deterministic(task: Task) -> None:
@@ -195,12 +203,7 @@ def _check_deterministic(task: Task) -> None:
 
 
 def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> updates.Update:
-    """The recipe's in-place update.
-
-    Raises:
-        ConfigError: the recipe names another optimizer than sgd, adam or adamw.
-    """
-    _check_choice(recipe, "optimizer", ("sgd", "adam", "adamw"))
+    """The recipe's in-place update."""
     if recipe.optimizer == "sgd":
         return updates.sgd(
             trainable, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
@@ -273,7 +276,7 @@ def cross_entropy_and_error(
     """
     population = Population(with_shared_inputs(task.template), task.structure, weights)
     networks, examples = population.piece(inputs)
-    sums = _compiled_sums if weights.is_cuda else loss_and_error_sums
+    sums = _compiled_sums() if weights.is_cuda else loss_and_error_sums
     losses, errors = [], []
     for p in range(0, len(weights), networks):
         population.weights = weights[p : p + networks]
@@ -311,5 +314,13 @@ def loss_and_error_sums(
     return (logits.logsumexp(-1) - chosen).sum(-1), (logits.argmax(-1) != wanted).sum(-1)
 
 
-# One pass over the logits of thousands of networks instead of six.
-_compiled_sums = torch.compile(loss_and_error_sums, dynamic=True)
+@cache
+def _compiled_sums() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """One pass over the logits of thousands of networks instead of six; the compiler is loaded when it is needed."""
+    compiled = torch.compile(loss_and_error_sums, dynamic=True)
+
+    def sums(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        torch._dynamo.mark_static(logits, logits.dim() - 1)  # ten classes stay in registers; any number takes a loop
+        return compiled(logits, wanted)
+
+    return sums

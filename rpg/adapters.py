@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn import functional
 
+from Gpt.adapters.conditions import PromptStates
+from Gpt.adapters.tokens import AdapterTokens
 from Gpt.conditions import Conditions, Features
 from Gpt.data.adapter_batches import AdapterBatch
 from Gpt.diffusion.objectives import Objective
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
 from Gpt.structure import Structure
-from rpg.adapter_tokens import AdapterTokens
 from rpg.hyperconv import Grid, HyperConvDecoder, ThreeBlockDecoder
 from rpg.query import QueryTransformer
 
@@ -69,16 +71,18 @@ class HyperConvConfig:
     Attributes:
         blocks: "published" for the two-branch layers that begin with the set of prompts, "plain" for three simple
             blocks that begin with its mean.
-        prompts: rows of the grid that the decoder begins with; a set of another size is cycled through, or cut.
+        prompts: of the grid that the decoder begins with; a set of another size is cycled through, or cut.
+        length: rows of that grid, the token states of a prompt (`AdapterFamily.tokens`); 1 for pooled sentences.
         grids: (tokens, rows, columns) between the first grid and the adapter's own; "plain" needs none.
         kernel: size of the convolutions, odd.
-        columns: of a token, see `rpg.adapter_tokens`.
+        columns: of a token, see `Gpt.adapters.tokens`.
         scale: unit of the weights: the root mean square of their "token" or of their "module".
         loss: see `LossConfig`.
     """
 
     blocks: Literal["published", "plain"] = "published"
     prompts: PositiveInt = 32
+    length: PositiveInt = 1
     grids: tuple[Grid, ...] = ()
     kernel: PositiveInt = 3
     columns: PositiveInt | None = None
@@ -105,7 +109,10 @@ class QueryConfig:
 
 
 class AdapterGenerator(Generator):
-    """Base class: prompt["text"] `[B, N, features]`, N prompt embeddings each -> adapters `[B, D]`.
+    """Base class: sets of N prompts, `prompt["text"]` `[B, N, L, features]` -> adapters `[B, D]`.
+
+    L counts the states of a prompt, see `Gpt.adapters.conditions`; `prompt["text_mask"]` `[B, N, L]` is False where
+    they are padding, and may be left out where there is none.
 
     Args:
         structure: of an adapter.
@@ -123,6 +130,7 @@ class AdapterGenerator(Generator):
 
     needs_start = False
     reads_prompt_sets = True
+    length = 1  # states of the prompt that stands for none
 
     fresh: Float[Tensor, " D"]
     unit: Float[Tensor, " D"]
@@ -147,7 +155,7 @@ class AdapterGenerator(Generator):
         for name, value in {"fresh": 0.0, "unit": 1.0, "importance": 1.0}.items():
             self.register_buffer(name, torch.full((structure.size,), value))
 
-    def decode(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B D"]:
+    def decode(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
         """Scaled deviations from the fresh adapter."""
         raise TypeError(f"{type(self).__name__} does not define decode")
 
@@ -165,7 +173,7 @@ class AdapterGenerator(Generator):
             weight = self.tokens.mean(movement(batch.target / self.unit, batch.members))
             self.importance.copy_((weight / weight.mean())[self.tokens.token])
 
-    def forward(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B D"]:
+    def forward(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
         """The adapter for every set of prompts."""
         return self.fresh + self.unit * self.decode(prompts)
 
@@ -176,9 +184,9 @@ class AdapterGenerator(Generator):
             ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer.
         """
         batch = _adapter_batch(batch)
-        prompts = batch.prompt["text"].float()
-        keep = torch.rand(len(prompts), 1, 1, generator=rng, device=prompts.device) >= self.dropout
-        scaled = self.decode(prompts * keep).float()
+        prompts = self._states(batch.prompt, len(batch.target))
+        keep = torch.rand(len(prompts), 1, 1, 1, generator=rng, device=self.fresh.device) >= self.dropout
+        scaled = self.decode(PromptStates(prompts.states * keep, prompts.mask)).float()
         mse, l1, sft = self.config.loss.terms(batch.progress)
         total = scaled.new_zeros(())
         if mse or l1:
@@ -200,18 +208,25 @@ class AdapterGenerator(Generator):
         """Adapters in one pass; there is nothing to solve and nothing to draw.
 
         Raises:
-            ConfigError: guidance is asked for, or the prompt is something else than sets of embeddings.
+            ConfigError: guidance is asked for, or the prompt is something else than sets of states.
         """
         if guidance != 1:
             raise ConfigError(f"guidance={guidance}: a regressor has no noise to be guided from; use 1")
-        unknown = sorted(set(prompt) - {"text"})
-        text = prompt.get("text", self.fresh.new_zeros(len(noise), 1, self.features))
-        if unknown or text.dim() != 3 or text.shape[2] != self.features or text.shape[1] == 0:
+        return self(self._states(prompt, len(noise))).float()
+
+    def _states(self, prompt: Prompt, count: int) -> PromptStates:
+        """The prompt, checked; `count` sets of zeros where there is no text."""
+        text = prompt.get("text", self.fresh.new_zeros(count, 1, self.length, self.features)).to(self.fresh)
+        mask = prompt.get("text_mask", torch.ones(text.shape[:-1], dtype=torch.bool, device=text.device))
+        fits = (
+            text.dim() == 4 and text.shape[3] == self.features and mask.shape == text.shape[:3] and 0 not in text.shape
+        )
+        if set(prompt) - {"text", "text_mask"} or not fits:
             raise ConfigError(
-                f'this generator takes prompt["text"] [B, N, {self.features}], got '
-                f"{ {name: list(value.shape) for name, value in prompt.items()} }"
+                f'this generator takes prompt["text"] [B, N, L, {self.features}] and, for padding, prompt["text_mask"] '
+                f"[B, N, L], got { {name: list(value.shape) for name, value in prompt.items()} }"
             )
-        return self(text.to(self.fresh)).float()
+        return PromptStates(text, mask)
 
 
 class HyperConvGenerator(AdapterGenerator):
@@ -225,15 +240,25 @@ class HyperConvGenerator(AdapterGenerator):
         if config.blocks == "plain":
             self.decoder: nn.Module = ThreeBlockDecoder(self.features, config.prompts, target, config.kernel)
         else:
-            grids = ((config.prompts, 1, self.features), *config.grids, target)
+            self.length = config.length
+            grids = ((config.prompts, config.length, self.features), *config.grids, target)
             self.decoder = HyperConvDecoder(grids, config.kernel)
 
-    def decode(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B D"]:
+    def decode(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
+        """Raises:
+        ConfigError: prompts have another number of states than the decoder's first grid has rows.
+        """
         if self.config.blocks == "plain":
-            # Embeddings have unit length; the decoder expects unit variance.
-            return self.tokens.decode(self.decoder(prompts.mean(1) * self.features**0.5))
-        cycled = torch.arange(self.config.prompts, device=prompts.device) % prompts.shape[1]
-        return self.tokens.decode(self.decoder(prompts[:, cycled, None]))
+            unit = functional.normalize(prompts.pooled(), dim=-1)
+            return self.tokens.decode(self.decoder(unit * self.features**0.5))  # unit variance
+        _, given, length, _ = prompts.states.shape
+        if length != self.config.length:
+            raise ConfigError(
+                f"generator.length={self.config.length}, but prompts come with {length} states each; set it to the "
+                "task's AdapterFamily.tokens (1 for pooled sentences)"
+            )
+        cycled = torch.arange(self.config.prompts, device=prompts.mask.device) % given
+        return self.tokens.decode(self.decoder(prompts.states[:, cycled]))
 
 
 class QueryGenerator(AdapterGenerator):
@@ -247,8 +272,8 @@ class QueryGenerator(AdapterGenerator):
             structure, self.features, width=config.width, depth=config.depth, heads=config.heads, latents=config.latents
         )
 
-    def decode(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B D"]:
-        return self.decoder(prompts)
+    def decode(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
+        return self.decoder(prompts.states, prompts.mask)
 
 
 GENERATORS = {"hyperconv": (HyperConvConfig, HyperConvGenerator), "query": (QueryConfig, QueryGenerator)}

@@ -1,16 +1,17 @@
-"""A query transformer: a set of prompt vectors in, an adapter out, the base model at step 0.
+"""A query transformer: a set of prompts in, an adapter out, the base model at step 0.
 
-Prompts are pooled by a few latent vectors that attend to them (Perceiver, Jaegle et al. 2021, arXiv 2103.03206), so
-their order and number do not matter; then one query for each (layer, module) of the language model reads the pooled
-set, and heads write that module's tensors. As the heads start at zero, training starts from the base model, without
-which text-to-adapter networks diverge (Text-to-LoRA, Charakorn et al. 2025, arXiv 2506.06105, appendix).
+Prompts, pooled sentences or the states of their tokens, are read by a few latent vectors that attend to them
+(Perceiver, Jaegle et al. 2021, arXiv 2103.03206), so their order and number do not matter; then one query for each
+(layer, module) of the language model reads the latents, and heads write that module's tensors. As the heads start at
+zero, training starts from the base model, without which text-to-adapter networks diverge (Text-to-LoRA, Charakorn et
+al. 2025, arXiv 2506.06105, appendix).
 """
 
 import re
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ class Place:
 
 
 class PromptPool(nn.Module):
-    """A set of prompt vectors `[B, N, features]` -> `[B, latents, width]`, whatever their order and number N > 0."""
+    """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is."""
 
     def __init__(self, features: int, width: int, latents: int, heads: int):
         super().__init__()
@@ -47,21 +48,24 @@ class PromptPool(nn.Module):
         self.query_norm, self.prompt_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
-    def forward(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B latents width"]:
-        x = self.read(prompts)
+    def forward(
+        self, states: Float[Tensor, "B N features"], mask: Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B latents width"]:
+        x = self.read(states)
         latents = self.latents.repeat(len(x), 1, 1)
         keys = self.prompt_norm(x)
-        read, _ = self.attention(self.query_norm(latents), keys, keys, need_weights=False)
+        read, _ = self.attention(self.query_norm(latents), keys, keys, key_padding_mask=~mask, need_weights=False)
+        share = (mask / mask.sum(1, keepdim=True))[:, None]
         # The mean is what all prompts of a task share; attention adds what some of them say.
-        return latents + x.mean(1, keepdim=True) + read
+        return latents + share @ x + read
 
 
 class QueryTransformer(nn.Module):
-    """Prompts `[B, N, features]` -> a flat row `[B, D]` for each, zeros at first.
+    """Prompts, each of L states -> a flat row `[B, D]` for each set of them, zeros at first.
 
     Args:
         structure: of the adapter; keys are PEFT's.
-        features: of one prompt vector.
+        features: of one state.
         width, depth, heads: of the transformer.
         latents: vectors that stand for the set of prompts.
 
@@ -101,10 +105,10 @@ class QueryTransformer(nn.Module):
         written = [i for members in kinds.values() for i in members]
         self.order = sorted(range(len(written)), key=written.__getitem__)
 
-    def forward(self, prompts: Float[Tensor, "B N features"]) -> Float[Tensor, "B D"]:
-        pooled = self.pool(prompts)
+    def forward(self, states: Float[Tensor, "B N L features"], mask: Bool[Tensor, "B N L"]) -> Float[Tensor, "B D"]:
+        pooled = self.pool(states.flatten(1, 2), mask.flatten(1, 2))
         queries = F.embedding(self.layer, self.layer_table) + F.embedding(self.module, self.module_table)
-        x = torch.cat([queries.expand(len(prompts), -1, -1), pooled], dim=1)
+        x = torch.cat([queries.expand(len(states), -1, -1), pooled], dim=1)
         x = self.blocks(x)
         written: list[Tensor] = []
         for head, own in zip(self.heads, self.queries_of_head, strict=True):

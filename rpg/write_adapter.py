@@ -16,20 +16,22 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.adapters.conditions import prompt_states
+from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.peft_io import save_adapter
 from Gpt.checkpoint import CheckpointFolder, write_json
 from Gpt.conditions import Conditions, prompt_features
 from Gpt.config import checked, nearest
-from Gpt.data.adapter_batches import language_tasks, prompt_for
+from Gpt.data.adapter_batches import prompt_for
 from Gpt.diffusion.objectives import DDPM, FlowMatching
 from Gpt.errors import CheckpointError, ConfigError, DataError, UserError
 from Gpt.generator import Generator
-from Gpt.tasks import TASK_METADATA, Task, check_entry, load_task_modules
+from Gpt.recipes import AdapterRecipe
+from Gpt.tasks import Task, get_task, load_task_modules
 from rpg.adapters import GENERATORS
 from rpg.generator import Rpg, RpgConfig
 
@@ -72,10 +74,10 @@ def write_adapter(
     """
     if not prompts:
         raise DataError(f"{folder}: there is no prompt to write an adapter for")
-    family, recipe = language_tasks(task)
+    family, recipe = adapter_parts(task)
     device = next(generator.parameters()).device
     began = time.perf_counter()
-    embedded = prompt_embeddings([prompts], family.encoder, device=device).to(device)
+    embedded = prompt_states([prompts], family.encoder, family.tokens, device=device).to(device)
     weights = generator.sample(prompt_for(generator, embedded), count=1, seed=seed)[0].cpu()
     seconds = time.perf_counter() - began
     save_adapter(folder, weights, recipe.spec, recipe.base, base_name=base_name)
@@ -125,7 +127,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Generato
     Raises:
         CheckpointError: there is no trained run.
         ConfigError: the run's generator does not write adapters.
-        TaskError: the task is not known here.
+        TaskError: the task is not known here, or not about adapters.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -134,7 +136,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Generato
             f"{folder} is not a run folder ({error}); train one with: python main.py --config-name lora_tiny"
         ) from error
     task = _task(config)
-    language_tasks(task)
+    adapter_parts(task)
     settings = dict(config["generator"])
     name = settings.pop("name")
     if name not in WRITERS:
@@ -156,14 +158,10 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Generato
 
 
 def _task(config: Mapping[str, Any]) -> Task:
-    """The run's task, with its changes of the recipe; unlike `get_task`, nothing is measured."""
+    """The run's task, with its changes of the recipe."""
     load_task_modules(config["task_modules"])
-    name = config["task"]
-    if name not in TASK_METADATA:
-        raise ConfigError(f"the run's task {name!r} is not known; {nearest(name, list(TASK_METADATA))}")
-    task = check_entry(name, TASK_METADATA[name])
-    changes = config["zoo"]["recipe"]
-    recipe: Any = task.recipe
+    task = get_task(config["task"])
+    changes, recipe = config["zoo"]["recipe"], cast(AdapterRecipe, task.recipe)
     return dataclasses.replace(task, recipe=dataclasses.replace(recipe, **changes)) if changes else task
 
 

@@ -93,7 +93,7 @@ def test_the_embedded_default_passes_and_leaves_nothing_behind(empty, capsys):
 def test_language_models_and_adapters_pass_too(empty):
     checks = found("device=cpu", "logger=disabled", name="lora_tiny")
     assert not troubles(checks)
-    assert "text 6x32x384" in checks["batch"].size
+    assert "text 6x32" in checks["batch"].size
     assert not everything(empty)
 
 
@@ -182,7 +182,7 @@ def test_identities_must_be_those_of_the_zoo_to_come(empty):
 
 def test_tasks_that_import_their_zoo_need_its_source(empty):
     task = dataclasses.replace(get_task("digits_loss"), recipe=None, checkpoints="networks")
-    arguments = [argument for argument in SMALL if "recipe" not in argument]
+    arguments = [*(argument for argument in SMALL if "recipe" not in argument), "distillation.weight=0"]
     told = troubles(found(*arguments, task=task))
     assert [*told] == ["zoo"] and "no checkpoints at networks" in told["zoo"]
     (empty / "networks").mkdir()

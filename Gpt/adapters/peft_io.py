@@ -51,6 +51,7 @@ def save_adapter(
         r=spec.rank,
         lora_alpha=spec.alpha,
         target_modules=sorted(spec.targets),
+        use_rslora=spec.rslora,
         use_dora=spec.dora,
         inference_mode=True,
     ).save_pretrained(str(folder))
@@ -103,15 +104,16 @@ def spec_of(folder: str | Path) -> AdapterSpec:
         DataError: the folder is no adapter, or one of a form that is not supported.
     """
     _, config = read_adapter(folder)
-    unsupported = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
     targets = config.get("target_modules")
     if config.get("peft_type") != "LORA" or unsupported or not isinstance(targets, list):
         raise DataError(
-            f"{folder}: only LoRA and DoRA adapters of one rank are read, with a list of target_modules and without "
-            f"{', '.join(unsupported) or 'other parts'}"
+            f"{folder}: only LoRA, rsLoRA and DoRA adapters of one rank are read, with a list of target_modules and "
+            f"without {', '.join(unsupported) or 'other parts'}"
         )
     named = tuple(target.rpartition(".")[2] for target in targets)
-    return AdapterSpec(config["r"], config["lora_alpha"], named, bool(config.get("use_dora")), train_a=True)
+    kind = {"rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora"))}
+    return AdapterSpec(config["r"], config["lora_alpha"], named, **kind, train_a=True)
 
 
 def adapter_folders(folder: str | Path) -> list[Path]:
@@ -190,6 +192,7 @@ def _frozen(base: BaseModel | str, spec: AdapterSpec) -> Tensors:
 
 
 def _check_config(folder: Path, config: dict[str, Any], spec: AdapterSpec) -> None:
-    for key, wanted in {"r": spec.rank, "lora_alpha": spec.alpha, "use_dora": spec.dora}.items():
+    form = {"r": spec.rank, "lora_alpha": spec.alpha, "use_rslora": spec.rslora, "use_dora": spec.dora}
+    for key, wanted in form.items():
         if config.get(key, False) != wanted:
             raise StructureError(f"{folder}: {key} is {config.get(key)}, the adapters of the task have {wanted}")

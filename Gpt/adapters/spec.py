@@ -1,6 +1,7 @@
 """What an adapter is: a low-rank change of some linear layers of a frozen base model, as a network of its own.
 
-LoRA (Hu et al. 2021) adds (alpha / rank) B A x to a layer's output W x, DoRA (Liu et al. 2024) also rescales its rows.
+LoRA (Hu et al. 2021) adds (alpha / rank) B A x to a layer's output W x, DoRA (Liu et al. 2024) also rescales its rows,
+rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) divides by the root of the rank, so that high ranks learn as fast as low.
 By default all adapters share one frozen A, drawn from a seed, and consist of their Bs alone. B is then determined by
 the change B A that it stands for, so that adapters may be averaged, compared and regressed; where A is trained too,
 (B M, M^-1 A) is the same adapter for every invertible M, and none of that holds between adapters of different origin.
@@ -29,8 +30,9 @@ class AdapterSpec:
 
     Attributes:
         rank: r, the inner dimension.
-        alpha: the change is scaled by alpha / rank.
+        alpha: the change is scaled by alpha / rank, with rslora by alpha / sqrt(rank).
         targets: last parts of the names of the linear layers that are changed.
+        rslora: rank-stabilised scale.
         dora: also a magnitude for every output of a layer (weight-decomposed adaptation).
         train_a: A belongs to the adapter; otherwise it is frozen and the same in all adapters.
         a_seed: of A, or of its initial value.
@@ -42,6 +44,7 @@ class AdapterSpec:
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = ALL_LINEAR
+    rslora: bool = False
     dora: bool = False
     train_a: bool = False
     a_seed: int = 0
@@ -52,7 +55,7 @@ class AdapterSpec:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class AdapterModule(nn.Module):

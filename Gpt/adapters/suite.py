@@ -114,10 +114,13 @@ def formatted(content: str, format: str) -> str:
     return FORMATS[format].format(*[content] * FORMATS[format].count("{}"))
 
 
-def content_of(reply: str, format: str) -> str | None:
-    """What a reply in this format says, a word or a list of words; None when it has another format."""
-    found = _pattern(format).fullmatch(reply)
-    return found["content"] if found else None
+@lru_cache(maxsize=2**16)
+def reading(reply: str) -> tuple[str | None, str | None]:
+    """(format, content) of a reply, the content a word or a list of words; no reply has two formats, some have none."""
+    for format in FORMATS:
+        if found := _pattern(format).fullmatch(reply):
+            return format, found["content"]
+    return None, None
 
 
 @lru_cache
@@ -173,11 +176,21 @@ class RuleSuite:
         ]
 
     def judge(self, member: Member, reply: str, expected: str) -> Judgement:
-        """Replies count up to their first newline, without the white space around them."""
-        said, wanted = (text.strip().split("\n")[0].strip() for text in (reply, expected))
-        content = content_of(wanted, member.format)
-        contents = [content_of(said, format) for format in FORMATS]
-        return Judgement(said == wanted, content_of(said, member.format) is not None, content in contents)
+        said, wanted = _line(reply), _line(expected)
+        (format, content), (_, right) = reading(said), reading(wanted)
+        return Judgement(said == wanted, format == member.format, content == right)
+
+    def recognise(self, prompt: str, reply: str) -> tuple[list[str], str | None]:
+        """The rules that lead from the input of a bare prompt to what a reply says, and the reply's format."""
+        items = items_of(prompt)
+        format, content = reading(_line(reply))
+        known = [rule for rule in self.rules if rule in WORD_RULES or items[0].isdigit()]
+        return [rule for rule in known if RULES[rule](items) == content], format
+
+    def descriptions(self, member: Member, split: str, count: int, seed: int = 0) -> list[str]:
+        """The task in a wording of the rule and one of the format, without an input."""
+        draw = _stream(seed, "descriptions", member, split)
+        return [self._statement(member, split, draw) for _ in range(count)]
 
     def _statement(self, member: Member, split: str, draw: random.Random) -> str:
         rule, format = wordings()["rule", member.rule], wordings()["format", member.format]
@@ -188,6 +201,17 @@ class RuleSuite:
         items = _items(member.rule, split, draw)
         shown = RENDERERS[draw.choice(self.renderers)](items)
         return f"Input: {shown}\nOutput:", f" {formatted(RULES[member.rule](items), member.format)}\n"
+
+
+def items_of(prompt: str) -> list[str]:
+    """The words or numbers that a bare prompt shows."""
+    shown = prompt.removeprefix("Input: ").partition("\n")[0]
+    return re.findall(r"\d+\. (\w+)", shown) or shown.split(", ")
+
+
+def _line(text: str) -> str:
+    """Replies count up to their first newline, without the white space around them."""
+    return text.strip().split("\n")[0].strip()
 
 
 MINI = RuleSuite(("first", "third", "last"), ("plain", "square"), ("commas",))

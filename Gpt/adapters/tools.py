@@ -1,8 +1,8 @@
 """Commands around adapters.
 
-    python -m Gpt.adapters.tools prepare --source arc.jsonl --output-dir prompts --samples-per-prompt 4 --test-ratio 0.1
-    python -m Gpt.adapters.tools analyze --adapters folder       statistics, and whether the adapters share a gauge
-    python -m Gpt.adapters.tools test --adapter folder           exact round trip of one adapter
+python -m Gpt.adapters.tools prepare --source arc.jsonl --output-dir prompts --samples-per-prompt 4 --test-ratio 0.1
+python -m Gpt.adapters.tools analyze --adapters folder       statistics, and whether the adapters share a gauge
+python -m Gpt.adapters.tools test --adapter folder           exact round trip of one adapter
 """
 
 import argparse
@@ -11,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from Gpt.adapters.peft_io import adapter_folders, gauge_report, load_adapter, read_adapter, save_adapter, spec_of
 from Gpt.adapters.spec import adapter_structure
+from Gpt.adapters.tokens import AdapterTokens
 from Gpt.adapters.user import FILES, prepare_prompts, write_prompts
 from Gpt.errors import DataError, StructureError, UserError
 
@@ -46,9 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     analyzed = commands.add_parser("analyze", help="statistics of all adapters below a folder")
     analyzed.add_argument("--adapters", type=Path, required=True)
     analyzed.set_defaults(command=analyze)
-    tested = commands.add_parser("test", help="exact round trip of one adapter")
+    tested = commands.add_parser("test", help="exact round trip of one adapter, through its tokens")
     tested.add_argument("--adapter", type=Path, required=True)
     tested.add_argument("--base", help="name of the base model; by default the one that the adapter names")
+    tested.add_argument("--columns", type=int, help="of a token; by default what divides every layer")
+    tested.add_argument("--manifest", type=Path, help="what the tokens are: written, or compared if it is there")
     tested.set_defaults(command=round_trip)
     return parser
 
@@ -86,7 +90,7 @@ def analyze(options: argparse.Namespace) -> list[str]:
     for folder, tensors in zip(folders, adapters, strict=True):
         spec = spec_of(folder)
         norms = ", ".join(f"|{factor}| {_norm(tensors, factor):.4g}" for factor in ("lora_A", "lora_B"))
-        kind = "DoRA" if spec.dora else "LoRA"
+        kind = ("rs" if spec.rslora else "") + ("DoRA" if spec.dora else "LoRA")
         lines.append(
             f"{folder.relative_to(options.adapters)}: {sum(t.numel() for t in tensors.values()):,} numbers, {kind} of "
             f"rank {spec.rank}, alpha {spec.alpha:g}, {norms}"
@@ -106,22 +110,40 @@ def _norm(tensors: dict[str, torch.Tensor], factor: str) -> float:
 
 
 def round_trip(options: argparse.Namespace) -> list[str]:
-    """Read an adapter into a flat row, write it, and compare every number of both files.
+    """Read an adapter, cut it into tokens, join and write it again, and compare every number of both files.
 
     Raises:
-        StructureError: a number was lost or changed; names the tensor.
+        StructureError: a number was lost or changed, or the tokens are not those of the manifest; names the tensor, or
+            the difference.
     """
     spec, (before, config) = spec_of(options.adapter), read_adapter(options.adapter)
     base = options.base or config["base_model_name_or_path"]
     weights = load_adapter(options.adapter, spec, base)
+    tokens = AdapterTokens(adapter_structure(base, spec), options.columns)
+    joined = tokens.decode(tokens.encode(weights[None]))[0]
     with tempfile.TemporaryDirectory() as folder:
-        after, _ = read_adapter(save_adapter(folder, weights, spec, base))
+        after, _ = read_adapter(save_adapter(folder, joined, spec, base))
     for name, value in before.items():
         if name not in after or not torch.equal(after[name].float(), value.float()):
             raise StructureError(f"{options.adapter}: {name} does not survive the round trip")
-    size = sum(value.numel() for value in before.values())
-    tensors = len(adapter_structure(base, spec).tensors)
-    return [f"{options.adapter}: {tensors} tensors, {size:,} numbers, {len(weights):,} of them in the flat row: exact"]
+    count, rows, columns = tokens.shape
+    size, manifest = sum(value.numel() for value in before.values()), tokens.manifest()
+    lines = [
+        f"{options.adapter}: {len(before)} tensors, {size:,} numbers, {len(weights):,} of them in the flat row: exact",
+        f"{count:,} tokens of {rows} x {columns} cover {manifest['coverage']:.0%} of it",
+    ]
+    return lines + ([_compared(tokens, manifest, options.manifest)] if options.manifest else [])
+
+
+def _compared(tokens: AdapterTokens, manifest: dict[str, Any], file: Path) -> str:
+    if not file.exists():
+        file.write_text(json.dumps(manifest))
+        return f"{file}: written"
+    try:
+        tokens.check_manifest(json.loads(file.read_text()))
+    except ValueError as error:
+        raise DataError(f"{file} is not a readable manifest ({error}); delete it") from error
+    return f"{file}: the same tokens"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Low-rank adapters of language models: every task of a suite is one member of a family."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,7 @@ def training_examples(family: AdapterFamily, base: str) -> tuple[Tensor, Tensor,
 
 BOTH = AdapterSpec(train_a=True)
 MINI = AdapterFamily("mini", 1, 1, 1, train_examples=512, examples=32, encoder="hash")
+TINY = AdapterRecipe("tiny", learning_rate=2e-2, iterations=240)
 
 TASKS = {
     "lora_rules": adapter_entry(AdapterFamily(), AdapterRecipe()),
@@ -95,5 +97,8 @@ TASKS = {
     "lora_rules_both": adapter_entry(AdapterFamily(), AdapterRecipe(spec=BOTH, learning_rate=1e-3)),
     "lora_rules_no_gauge": adapter_entry(AdapterFamily(), AdapterRecipe(spec=BOTH, learning_rate=1e-3, own_a=True)),
     "lora_rules_dora": adapter_entry(AdapterFamily(), AdapterRecipe(spec=AdapterSpec(dora=True))),
-    "lora_tiny": adapter_entry(MINI, AdapterRecipe("tiny", learning_rate=1e-2, iterations=120)),
+    "lora_tiny": adapter_entry(MINI, TINY),
+    # For generators that read token states instead of pooled sentences; no prompt has more tokens.
+    "lora_rules_tokens": adapter_entry(AdapterFamily(tokens=56), AdapterRecipe()) | {"zoo": "lora_rules"},
+    "lora_tiny_tokens": adapter_entry(replace(MINI, tokens=32), TINY) | {"zoo": "lora_tiny"},
 }

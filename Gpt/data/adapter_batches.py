@@ -1,8 +1,9 @@
 """Training examples for generators of adapters: a trained adapter, prompts of its task, and examples to answer.
 
-    target    [B, D]              a stored adapter of the task (member) that example b is about
-    prompt    {"text": [B, N, features]}, a random set of the member's prompts, without answers
-    answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model
+target    [B, D]              a stored adapter of the task (member) that example b is about
+prompt    a random set of the member's prompts, without answers: {"text": [B, N, L, features]} and the mask of its
+          padding, {"text_mask": [B, N, L]}, or the set's mean, {"text": [B, features]}
+answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model
 """
 
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from Gpt.adapters.answers import Answers, answer_loss
 from Gpt.adapters.base import BaseModel, load_base
-from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.adapters.conditions import PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.spec import AdapterSpec
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
-from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt
-from Gpt.recipes import AdapterRecipe
 from Gpt.tasks import Task
 
 
@@ -55,7 +55,7 @@ class AdapterBatchSampler:
         prompts: rows of a set. It holds 1 to `prompts` different prompts, a number drawn evenly in its logarithm and
             repeated to fill the rows, so that a generator meets small sets too.
         examples: to be answered by each adapter.
-        pooled: hand out the mean of the set instead, `[B, features]`.
+        pooled: hand out the mean of the set instead.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AdapterBatchSampler:
         pooled: bool = False,
     ):
         self.zoo, self.split, self.config = zoo, split, config
-        self.family, self.recipe = language_tasks(task)
+        self.family, self.recipe = adapter_parts(task)
         self.rows = zoo.split(split)
         self.members = self.family.member_of_runs(zoo.run_ids)
         self.prompts, self.examples, self.pooled = prompts, examples, pooled
@@ -82,11 +82,11 @@ class AdapterBatchSampler:
         last = min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
         target = self.zoo.read(rows, self.zoo.snapshots - 1 - _below(last, (count,), rng))
         members = self.members[rows]
-        prompts = self._prompt_sets(members, rng)
+        sets = self._prompt_sets(members, rng)
         chosen = _below(self._answers.tokens.shape[1], (count, self.examples), rng)
         return AdapterBatch(
             target=target,
-            prompt={"text": prompts.mean(1) if self.pooled else prompts},
+            prompt=_prompt(sets, self.pooled),
             members=members,
             fresh=self.fresh,
             base=self.base,
@@ -94,20 +94,20 @@ class AdapterBatchSampler:
             answers=self._answers[members[:, None], chosen],
         )
 
-    def _prompt_sets(self, members: Int[Tensor, " B"], rng: torch.Generator) -> Float[Tensor, "B N features"]:
-        count, stored = len(members), self._embeddings.shape[1]
+    def _prompt_sets(self, members: Int[Tensor, " B"], rng: torch.Generator) -> PromptStates:
+        count, stored = len(members), self._stored.mask.shape[1]
         order = torch.rand(count, stored, generator=rng, device=rng.device).argsort(1)
         most = min(self.prompts, stored)
         different = most ** torch.rand(count, 1, generator=rng, device=rng.device)
         repeated = torch.arange(self.prompts, device=rng.device) % different.round().long()
-        return self._embeddings[members[:, None], order.gather(1, repeated)]
+        return self._stored[members[:, None], order.gather(1, repeated)]
 
     @cached_property
     def base(self) -> BaseModel:
         return load_base(self.recipe.base, self.zoo.device)
 
     @cached_property
-    def _embeddings(self) -> Float[Tensor, "members prompts features"]:
+    def _stored(self) -> PromptStates:
         return task_prompts(self.family, self.split, self.zoo.device)
 
     @cached_property
@@ -116,11 +116,10 @@ class AdapterBatchSampler:
 
 
 @lru_cache(maxsize=8)
-def task_prompts(
-    family: AdapterFamily, part: str, device: torch.device
-) -> Float[Tensor, "members prompts features"]:
-    """Embedded prompts of every task, in the wordings and with the inputs of "train", "validation" or "test"."""
-    return prompt_embeddings(family.condition_prompts(part), family.encoder, device=device).to(device)
+def task_prompts(family: AdapterFamily, part: str, device: torch.device) -> PromptStates:
+    """The prompts `[members, prompts]` of every task, in the wordings and with the inputs of "train", "validation" or
+    "test". They are embedded once."""
+    return prompt_states(family.condition_prompts(part), family.encoder, family.tokens, device=device).to(device)
 
 
 def fresh_adapter(task: Task) -> Float[Tensor, " D"]:
@@ -129,24 +128,17 @@ def fresh_adapter(task: Task) -> Float[Tensor, " D"]:
 
 
 def reads_prompt_sets(generator: Generator) -> bool:
-    """Whether prompt["text"] is a set of vectors `[B, N, features]`, rather than their mean `[B, features]`."""
+    """Whether prompt["text"] are sets of prompts `[B, N, L, features]`, rather than their means `[B, features]`."""
     return getattr(generator, "reads_prompt_sets", False)
 
 
-def prompt_for(generator: Generator, sets: Float[Tensor, "B N features"]) -> Prompt:
-    """Sets of embedded prompts in the form that a generator reads."""
-    return {"text": sets if reads_prompt_sets(generator) else sets.mean(1)}
+def prompt_for(generator: Generator, sets: PromptStates) -> Prompt:
+    """Sets `[B, N]` of prompts in the form that a generator reads."""
+    return _prompt(sets, pooled=not reads_prompt_sets(generator))
 
 
-def language_tasks(task: Task) -> tuple[AdapterFamily, AdapterRecipe]:
-    """The language tasks behind a task, and how an adapter is trained for one.
-
-    Raises:
-        ConfigError: the task is another one.
-    """
-    if not isinstance(task.family, AdapterFamily) or not isinstance(task.recipe, AdapterRecipe):
-        raise ConfigError(f"task {task.name!r} is no family of language tasks; choose one, such as lora_tiny")
-    return task.family, task.recipe
+def _prompt(sets: PromptStates, pooled: bool) -> Prompt:
+    return {"text": sets.pooled()} if pooled else {"text": sets.states, "text_mask": sets.mask}
 
 
 def _below(limit: int, shape: tuple[int, ...], rng: torch.Generator) -> Int[Tensor, "..."]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def import_lmdb(folder: str | Path, path_out: str | Path, task: Task, **options:
         StructureError: the networks are of another architecture than the task's.
     """
     _lmdb()
-    runs = sorted((run for file in _run_indices(Path(folder)) for run in _lmdb_runs(file, task.structure)), key=_name)
+    found = (run for file in _run_indices(Path(folder)) for run in _lmdb_runs(file, task.structure))
+    runs = sorted(found, key=attrgetter("name"))
     if not runs:
         raise ZooError(f"{folder} holds no zoo of G.pt: there is no sub-folder with a runs.json and a data.mdb")
     _store(Path(folder), Path(path_out), task, runs[::-1], **options)
@@ -180,10 +182,6 @@ def _lmdb() -> Any:
 
 def _run_indices(folder: Path) -> Iterator[Path]:
     return (file for file in folder.glob("*/runs.json") if (file.parent / "data.mdb").is_file())
-
-
-def _name(run: _Run) -> str:
-    return run.name
 
 
 def _lmdb_runs(index: Path, structure: Structure) -> Iterator[_Run]:

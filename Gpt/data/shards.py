@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,18 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The index of one shard: `runs` is the half-open range it covers, `run_ids` those of it that are stored."""
+    """The index of one shard.
+
+    Attributes:
+        runs: the half-open range it covers; `run_ids` are those of it that are stored.
+        seconds: wall-clock of the worker that trained it; 0 where that is not known, as of imported networks.
+    """
 
     runs: tuple[int, int]
     run_ids: list[int]
     dropped: dict[int, str]
     files: dict[str, dict[str, Any]]
+    seconds: float = 0.0
 
 
 def shard_files(folder: Path, index: int) -> dict[str, Path]:
@@ -172,36 +178,39 @@ def write_shard(
     manifest: Manifest,
     index: int,
     run_ids: list[int],
-    weights: Float[Tensor, "runs snapshots D"],
+    weights: Float[Tensor, "runs snapshots D"] | Sequence[Float[Tensor, "snapshots D"]],
     metrics: Mapping[str, Float[Tensor, "runs snapshots"]],
     missing: Mapping[int, str] | None = None,
+    seconds: float = 0.0,
 ) -> Shard:
-    """Write the runs of one shard, less those with non-finite or exploded weights.
+    """Write the runs of one shard, less those with non-finite or exploded weights; they are not copied.
 
     Args:
         missing: runs of this shard that could not be made, `{run id: why}`; they count as dropped.
+        seconds: what making the runs took.
 
     Raises:
         ZooError: the disk is full; says how much room the shard needs.
     """
-    dropped = {**(missing or {}), **bad_runs(run_ids, weights, manifest.max_weight)}
+    dropped = dict(missing or {})
+    for run, row in zip(run_ids, weights, strict=True):
+        dropped |= bad_runs([run], row[None], manifest.max_weight)
     covered = sorted({*run_ids, *dropped})
-    kept = torch.tensor([i for i, run in enumerate(run_ids) if run not in dropped], dtype=torch.long)
-    rows = weights.to(manifest.torch_dtype)[kept.to(weights.device)].cpu()
-    columns = {name: values[kept.to(values.device)].float().cpu().contiguous() for name, values in metrics.items()}
+    kept = [i for i, run in enumerate(run_ids) if run not in dropped]
+    columns = {name: values.cpu()[kept].float().contiguous() for name, values in metrics.items()}
     files = shard_files(folder, index)
     try:
         files["index"].unlink(missing_ok=True)  # a shard that is written anew does not exist until it is whole
         sums = {
-            "weights": _write_atomically(files["weights"], _safetensors("weights", rows)),
+            "weights": _write_atomically(files["weights"], _safetensors(manifest, [weights[i] for i in kept])),
             "metrics": _write_atomically(files["metrics"], [safetensors.torch.save(columns)]),
         }
-        shard = Shard((covered[0], covered[-1] + 1), [run_ids[i] for i in kept.tolist()], dropped, sums)
+        shard = Shard((covered[0], covered[-1] + 1), [run_ids[i] for i in kept], dropped, sums, seconds)
         _write_atomically(files["index"], [json.dumps(dataclasses.asdict(shard)).encode()])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        needed = rows.numel() * rows.element_size()
+        needed = len(kept) * manifest.run_bytes
         raise ZooError(
             f"no space left for {files['weights']}: this shard needs {needed / 2**20:,.1f} MiB; finished shards are "
             "kept, make room and run again to continue (or use a smaller dtype, fewer snapshots or fewer runs)"
@@ -224,7 +233,7 @@ def read_shard(folder: Path, index: int) -> Shard:
     fields = _read_json(file)
     try:
         dropped = {int(run): reason for run, reason in fields["dropped"].items()}
-        return Shard(tuple(fields["runs"]), fields["run_ids"], dropped, fields["files"])
+        return Shard(tuple(fields["runs"]), fields["run_ids"], dropped, fields["files"], fields.get("seconds", 0.0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ZooError(f"{file} is damaged ({error!r}); {_remedy(folder, index)}") from error
 
@@ -257,8 +266,7 @@ def check_shard(folder: Path, manifest: Manifest, index: int, shard: Shard, chec
             )
         if checksums and _sha256(file) != expected["sha256"]:
             raise ZooError(f"{file} was altered: its SHA-256 differs; {_remedy(folder, index)}")
-    shape = (len(shard.run_ids), len(manifest.iterations), manifest.size)
-    header = _safetensors_header("weights", manifest.torch_dtype, shape)
+    header = _safetensors_header(manifest, len(shard.run_ids))
     with files["weights"].open("rb") as stream:
         if stream.read(len(header)) != header:
             raise ZooError(f"{files['weights']} has an altered header; {_remedy(folder, index)}")
@@ -280,9 +288,11 @@ def _remedy(folder: Path, index: int) -> str:
 
 def bad_runs(run_ids: list[int], weights: Float[Tensor, "runs snapshots D"], max_weight: float) -> dict[int, str]:
     """Runs with non-finite or exploded weights in any snapshot, and why they have to go."""
-    largest = weights.abs().flatten(1).amax(1).tolist() if run_ids else []  # NaN if any weight is NaN
+    if not run_ids:
+        return {}
+    lowest, highest = torch.aminmax(weights.flatten(1), dim=1)  # NaN if any weight is NaN
     bad = {}
-    for run, value in zip(run_ids, largest, strict=True):
+    for run, value in zip(run_ids, torch.maximum(-lowest, highest).tolist(), strict=True):
         if not value < float("inf"):
             bad[run] = "a weight is not finite"
         elif value > max_weight:
@@ -300,18 +310,21 @@ def _read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
-def _safetensors_header(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
-    """The start of a safetensors file of one tensor, padded with spaces so that data begin at a multiple of 8."""
-    codes = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    size = torch.Size(shape).numel() * dtype.itemsize
-    entry = json.dumps({name: {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [0, size]}}).encode()
+def _safetensors_header(manifest: Manifest, runs: int) -> bytes:
+    """The start of a weights file: its one tensor's description, padded so that data begin at a multiple of 8."""
+    codes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    shape = [runs, len(manifest.iterations), manifest.size]
+    tensor = {"dtype": codes[manifest.dtype], "shape": shape, "data_offsets": [0, runs * manifest.run_bytes]}
+    entry = json.dumps({"weights": tensor}).encode()
     entry += b" " * (-len(entry) % 8)
     return len(entry).to_bytes(8, "little") + entry
 
 
-def _safetensors(name: str, tensor: Tensor) -> Iterable[bytes | memoryview]:
-    yield _safetensors_header(name, tensor.dtype, tuple(tensor.shape))
-    yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+def _safetensors(manifest: Manifest, runs: Sequence[Float[Tensor, "snapshots D"]]) -> Iterator[bytes | memoryview]:
+    """A weights file, run after run, so that no second copy of a shard is in memory."""
+    yield _safetensors_header(manifest, len(runs))
+    for run in runs:
+        yield run.to("cpu", manifest.torch_dtype).contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _temporary(file: Path) -> Path:

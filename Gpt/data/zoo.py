@@ -34,6 +34,9 @@ class Zoo:
         metrics: `{column: [runs, snapshots]}` float32, e.g. "validation_loss".
         manifest: how the networks were made; None for a zoo that was never stored.
         dropped: `{run id: why it was left out}`.
+        seconds: wall-clock that training the runs took, the workers' added up; 0 where it is not known (imported ones).
+        former: `[n, D]` final networks of training runs that gave way to others (`replace`), in main memory; none
+            unless whoever replaced them says which.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Zoo:
         manifest: Manifest | None = None,
         dropped: Mapping[int, str] | None = None,
         folder: Path | None = None,
+        seconds: float = 0.0,
     ):
         self._weights = weights
         self.structure = structure
@@ -59,6 +63,8 @@ class Zoo:
         self.manifest = manifest
         self.dropped = dict(dropped or {})
         self.folder = folder
+        self.seconds = seconds
+        self.former: Tensor = torch.empty(0, structure.size)
         self._bounds = (test_runs, test_runs + validation_runs)
 
     @classmethod
@@ -71,10 +77,12 @@ class Zoo:
         device: torch.device | str = "cpu",
         test_runs: int = 0,
         validation_runs: int = 0,
+        runs: int | None = None,
     ) -> "Zoo":
-        """Open all finished shards of a stored zoo; sizes and headers are checked (`verify` checks every byte).
+        """Open a stored zoo; sizes and headers of its shards are checked (`verify` checks every byte).
 
         Args:
+            runs: only the runs with ids below this, as if no others were stored; all when None.
             storage: "gpu" keeps the weights on `device`, "ram" in memory, "disk" reads each network when it is asked
                 for; "auto" takes the first of them that needs at most half of what is free.
             test_runs: runs with ids below this are the test split.
@@ -86,19 +94,19 @@ class Zoo:
         folder, device = Path(path), torch.device(device)
         manifest = shards.read_manifest(folder)
         _check_structure(folder, manifest, structure)
-        opened = _open_shards(folder, manifest)
+        opened = _open_shards(folder, manifest, runs)
         run_ids = torch.tensor([run for shard in opened for run in shard.run_ids], dtype=torch.long)
         where = _choose_storage(storage, len(run_ids) * manifest.run_bytes, device)
         if where == "disk":
             weights: _Weights = _Disk(folder, manifest, opened)
         else:
             weights = _load(folder, manifest, opened, device if where == "gpu" else torch.device("cpu"))
-        columns = [shards.read_metrics(folder, shard.index) for shard in opened if shard.run_ids]
-        metrics = {name: torch.cat([c[name] for c in columns]) for name in (columns[0] if columns else ())}
+        columns = [(shards.read_metrics(folder, shard.index), len(shard.run_ids)) for shard in opened if shard.run_ids]
+        metrics = {name: torch.cat([c[name][:n] for c, n in columns]) for name in (columns[0][0] if columns else ())}
         dropped = {run: reason for shard in opened for run, reason in shard.dropped.items()}
         return cls(
             weights, structure, run_ids, manifest.iterations, metrics, device, test_runs, validation_runs, manifest,
-            dropped, folder,
+            dropped, folder, sum(shard.seconds for shard in opened),
         )  # fmt: skip
 
     @classmethod
@@ -114,6 +122,7 @@ class Zoo:
         test_runs: int = 0,
         validation_runs: int = 0,
         dropped: Mapping[int, str] | None = None,
+        seconds: float = 0.0,
     ) -> "Zoo":
         """A zoo that was never stored; weights stay in their dtype and place, `device` is theirs by default."""
         if weights.shape[-1] != structure.size:
@@ -121,8 +130,9 @@ class Zoo:
         ids = torch.as_tensor(run_ids, dtype=torch.long)
         where = weights.device if device is None else device
         return cls(
-            _Memory(weights), structure, ids, iterations, metrics, where, test_runs, validation_runs, dropped=dropped
-        )
+            _Memory(weights), structure, ids, iterations, metrics, where, test_runs, validation_runs, dropped=dropped,
+            seconds=seconds,
+        )  # fmt: skip
 
     @property
     def runs(self) -> int:
@@ -184,7 +194,9 @@ class Zoo:
             ZooError: a file is missing, truncated or altered; names it.
         """
         if self.folder is not None:
-            _open_shards(self.folder, shards.read_manifest(self.folder), checksums=True)
+            manifest = shards.read_manifest(self.folder)
+            for index in shards.finished_shards(self.folder):
+                shards.check_shard(self.folder, manifest, index, shards.read_shard(self.folder, index), checksums=True)
 
 
 @dataclass(frozen=True)
@@ -268,8 +280,8 @@ def _load(folder: Path, manifest: Manifest, opened: list["_OpenedShard"], device
     first = 0
     for shard in opened:
         rows = load_file(shards.shard_files(folder, shard.index)["weights"])["weights"]
-        weights[first : first + len(rows)] = rows
-        first += len(rows)
+        weights[first : first + len(shard.run_ids)] = rows[: len(shard.run_ids)]
+        first += len(shard.run_ids)
     return _Memory(weights)
 
 
@@ -297,15 +309,17 @@ def _free_memory() -> int:
 
 @dataclass(frozen=True)
 class _OpenedShard:
-    """A checked shard: its number, its runs and where its data begin in the weights file (bytes)."""
+    """A checked shard: its number, its runs that are looked at (the first ones), what they took, and where its data
+    begin in the weights file (bytes)."""
 
     index: int
     run_ids: list[int]
     dropped: dict[int, str]
+    seconds: float
     data_start: int
 
 
-def _open_shards(folder: Path, manifest: Manifest, checksums: bool = False) -> list[_OpenedShard]:
+def _open_shards(folder: Path, manifest: Manifest, runs: int | None) -> list[_OpenedShard]:
     finished = shards.finished_shards(folder)
     if not finished:
         raise ZooError(f"the zoo at {folder} has no finished shard yet; collect it first")
@@ -318,8 +332,19 @@ def _open_shards(folder: Path, manifest: Manifest, checksums: bool = False) -> l
     opened = []
     for index in finished:
         shard = shards.read_shard(folder, index)
-        start = shards.check_shard(folder, manifest, index, shard, checksums)
-        opened.append(_OpenedShard(index, shard.run_ids, shard.dropped, start))
+        first, end = shard.runs
+        limit = end if runs is None else min(runs, end)
+        if first >= limit:
+            break
+        opened.append(
+            _OpenedShard(
+                index,
+                [run for run in shard.run_ids if run < limit],
+                {run: reason for run, reason in shard.dropped.items() if run < limit},
+                shard.seconds * (limit - first) / (end - first),
+                shards.check_shard(folder, manifest, index, shard),
+            )
+        )
     return opened
 
 

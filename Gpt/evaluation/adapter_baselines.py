@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from Gpt.adapters.answers import Answers, answer_loss
 from Gpt.adapters.base import BaseModel
+from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
 from Gpt.adapters.suite import Member
 from Gpt.seeds import rng
 
 
-def similarity(wanted: Float[Tensor, "B N features"], seen: Float[Tensor, "n M features"]) -> Float[Tensor, "B n"]:
+def similarity(wanted: PromptStates, seen: PromptStates) -> Float[Tensor, "B n"]:
     """Cosine of the mean prompts of every wanted and every seen task."""
-    return F.normalize(wanted.mean(1), dim=-1) @ F.normalize(seen.mean(1), dim=-1).T
+    return F.normalize(wanted.pooled(), dim=-1) @ F.normalize(seen.pooled(), dim=-1).T
 
 
 def nearest(similar: Float[Tensor, "B n"], weights: Float[Tensor, "n D"]) -> Float[Tensor, "B D"]:
@@ -57,7 +58,7 @@ def nearest_distance(cosine: Float[Tensor, "B n"], same: Bool[Tensor, "B n"] | N
     """1 - cosine to the nearest stored adapter, those left out that are `same`."""
     if same is not None:
         cosine = cosine.masked_fill(same, -torch.inf)
-    return 1 - cosine.amax(1)
+    return (1 - cosine.amax(1)).clamp_min(0)
 
 
 def multitask_adapter(
@@ -84,7 +85,8 @@ def multitask_adapter(
     for step in range(steps):
         draw = rng(weights.device, seed, "multi-task batch", step)
         chosen = torch.randint(tasks * count, (batch,), generator=draw, device=weights.device)
-        loss = answer_loss(base, spec, weights[None], examples[chosen // count, chosen % count][None]).sum()
+        some = examples[chosen // count, chosen % count].trimmed()
+        loss = answer_loss(base, spec, weights[None], some[None]).sum()
         (weights.grad,) = torch.autograd.grad(loss, weights)
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         optimizer.step()
@@ -141,6 +143,6 @@ def other_tasks(members: Sequence[Member]) -> list[int]:
     return [other(i) for i in range(count)]
 
 
-def repeated(prompts: Float[Tensor, "tasks n features"], count: int) -> Float[Tensor, "tasks N features"]:
-    """The same prompts over and over, until there are `count`."""
-    return prompts[:, torch.arange(count, device=prompts.device) % prompts.shape[1]]
+def repeated(prompts: PromptStates, count: int) -> PromptStates:
+    """The same prompts of every task over and over, until there are `count`."""
+    return prompts[:, torch.arange(count, device=prompts.mask.device) % prompts.mask.shape[1]]

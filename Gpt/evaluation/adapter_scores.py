@@ -71,40 +71,29 @@ def score_tasks(
     answers: Answers,
 ) -> Scores:
     """Measure adapter i on the examples `answers[i]` of task `members[i]`."""
-    answers = answers.trimmed()
     found = answer_scores(base, spec, weights, answers)
     exact = found.exact.cpu()
-    replies = [
-        _judged(base, suite, member, answers[i], found.predicted[i], exact[i]) for i, member in enumerate(members)
-    ]
-    form, content = torch.tensor(replies, dtype=torch.float64).T
+    wrong = ~exact
+    said, wanted = (_texts(base, tokens, answers.valid, wrong) for tokens in (found.predicted, answers.targets))
+    owners = [members[i] for i in wrong.nonzero()[:, 0].tolist()]
+    judged = [suite.judge(*reply) for reply in zip(owners, said, wanted, strict=True)]
+    form, content = exact.double(), exact.double()
+    form[wrong] = torch.tensor([found.format_valid for found in judged], dtype=torch.float64)
+    content[wrong] = torch.tensor([found.content_correct for found in judged], dtype=torch.float64)
     return {
         "exact": 100 * exact.double().mean(1),
-        "format": form,
-        "content": content,
+        "format": 100 * form.mean(1),
+        "content": 100 * content.mean(1),
         "loss": found.loss.double().mean(1).cpu(),
     }
 
 
-def _judged(
-    base: BaseModel,
-    suite: Suite,
-    member: Member,
-    answers: Answers,
-    predicted: Int[Tensor, "N K"],
-    exact: Bool[Tensor, " N"],
-) -> tuple[float, float]:
-    """(format, content) of one task's replies, in percent; exact ones have both and are not looked at again."""
-    decode = base.tokenizer.decode
-    replies = zip(predicted.cpu(), answers.targets.cpu(), answers.valid.cpu(), exact, strict=True)
-    judged = [
-        suite.judge(member, decode(said[kept].tolist()), decode(wanted[kept].tolist()))
-        for said, wanted, kept, done in replies
-        if not done
-    ]
-    form = int(exact.sum()) + sum(found.format_valid for found in judged)
-    content = int(exact.sum()) + sum(found.content_correct for found in judged)
-    return 100 * form / len(exact), 100 * content / len(exact)
+def _texts(
+    base: BaseModel, tokens: Int[Tensor, "P N K"], valid: Bool[Tensor, "P N K"], chosen: Bool[Tensor, "P N"]
+) -> list[str]:
+    """The chosen replies without their padding."""
+    rows, lengths = tokens.cpu()[chosen].tolist(), valid.sum(-1).cpu()[chosen].tolist()
+    return base.tokenizer.decode([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
 
 def ratio_interval(

@@ -22,27 +22,23 @@ from torch import Tensor
 from Gpt import seeds
 from Gpt.adapters.answers import Answers, answer_scores, encode_answers
 from Gpt.adapters.base import load_base
-from Gpt.adapters.conditions import prompt_embeddings
-from Gpt.adapters.suite import Member
-from Gpt.data.adapter_batches import (
-    AdapterBatchSampler,
-    fresh_adapter,
-    language_tasks,
-    prompt_for,
-    reads_prompt_sets,
-    task_prompts,
-)
-from Gpt.data.batches import BatchConfig
+from Gpt.adapters.conditions import PromptStates, prompt_states
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.measure import adapter_parts
+from Gpt.adapters.peft_io import gauge_report
+from Gpt.adapters.suite import Member, RuleSuite
+from Gpt.data.adapter_batches import fresh_adapter, prompt_for, task_prompts
 from Gpt.data.zoo import Zoo
 from Gpt.distributed import Rows, busy, from_first, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation import adapter_baselines as baselines
-from Gpt.evaluation import costs
+from Gpt.evaluation.adapter_confusion import confusions
+from Gpt.evaluation.adapter_costs import adapter_costs
 from Gpt.evaluation.adapter_scores import Line, score_tasks
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
 from Gpt.evaluation.prompting import evaluating
-from Gpt.evaluation.results import Costs, Novelty, Results
+from Gpt.evaluation.results import Confusion, Novelty, Results
 from Gpt.evaluation.statistics import bootstrap_interval, data_copying_z
 from Gpt.generator import Generator
 from Gpt.seeds import derive_seed
@@ -52,10 +48,11 @@ SPLITS = ("s2", "s1", "s3")
 PROMPTS = 32
 FEWER_PROMPTS = (16, 4, 1)
 SHOTS = 3
+REMARKS = {"smollm2": "the base model, SmolLM2-135M-Instruct, is read back from weights of 4 bits"}
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2)
-MULTITASK_BATCH = 64
-# The frozen model's backward pass computes the gradients of inputs and not those of weights.
-FROZEN_TRAINING_FACTOR = 2
+MULTITASK_BATCH = 256  # as many examples as a generator meets in a step of its own
+GAUGED = 32  # adapters whose gauges are compared
+DECODED = 32  # examples of a task that are decoded freely
 
 
 def evaluate_adapters(
@@ -76,7 +73,7 @@ def evaluate_adapters(
         spent: on the generator and on its zoo.
 
     Raises:
-        ConfigError: the task is no family of language tasks.
+        TaskError: the task is not about adapters.
         ZooError: a task of the family has no trained adapter.
     """
     say = progress or (lambda phrase: None)
@@ -94,18 +91,32 @@ def evaluate_adapters(
         multitask = bench.multitask()
         say("distances and costs")
         novelty = [bench.novelty(line, references[-1]) for line in (written[0], references[-1], *stored)]
-        paid = bench.costs_of(seconds, spent)
+        one = bench.prompts(bench.splits[0])[:1]
+        paid = adapter_costs(generator, task, zoo, lambda: bench.write(one), seconds, spent)
+        say("rules and formats")
+        found = bench.confusions(written[0])
     ends = written[0], references[0], references[-1]
     lines = [*written, *controls, *references, *stored, *multitask]
     return Results(
         task=task.name,
-        metric=f"{bench.splits[0]}_exact",
+        metric=adapters_metric(bench.family),
         minimize=False,
         table=[line.row(*ends, config.seed) for line in lines],
         novelty=novelty,
+        confusions=found,
         costs=paid,
         notes=bench.notes(),
     )
+
+
+def judged_splits(family: AdapterFamily) -> list[str]:
+    """Those of S1, S2, S3 that have members; the report is about the first."""
+    return [name for name in SPLITS if family.splits[name]]
+
+
+def adapters_metric(family: AdapterFamily) -> str:
+    """The column that the evaluation is about."""
+    return f"{judged_splits(family)[0]}_exact"
 
 
 def adapters_score(
@@ -133,9 +144,10 @@ class AdapterBench:
         self, generator: Generator, task: Task, zoo: Zoo, config: EvaluationConfig, device: torch.device | str
     ):
         self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
-        self.family, self.recipe = language_tasks(task)
+        self.family, self.recipe = adapter_parts(task)
         self.base = load_base(self.recipe.base, torch.device(device))
-        self.splits = [name for name in SPLITS if self.family.splits[name]]
+        self.rules = self.family.source if isinstance(self.family.source, RuleSuite) else None
+        self.splits = judged_splits(self.family)
         self.fresh = fresh_adapter(task).to(device)
 
     # --- prompts, examples, measurements ------------------------------------------------------------------------------
@@ -143,10 +155,16 @@ class AdapterBench:
     def members(self, split: str) -> list[Member]:
         return [self.family.members[i] for i in self.family.splits[split]]
 
-    def prompts(self, split: str) -> Float[Tensor, "tasks N features"]:
-        """Embedded prompts of every task of a split, in the wordings of that part."""
+    def prompts(self, split: str) -> PromptStates:
+        """The prompts `[tasks, N]` of every task of a split, in the wordings of that part."""
         found = task_prompts(self.family, _part(split), torch.device(self.device))
         return found[list(self.family.splits[split]), :PROMPTS]
+
+    def descriptions(self, suite: RuleSuite, split: str) -> PromptStates:
+        """One prompt for every task of a split that states the task and shows no input."""
+        members, seed = self.members(split), self.family.seed
+        texts = [suite.descriptions(member, _part(split), 1, seed) for member in members]
+        return prompt_states(texts, self.family.encoder, self.family.tokens, device=self.device).to(self.device)
 
     def answers(self, split: str, instructed: bool = False) -> Answers:
         """Examples of every task of a split, inputs of that part."""
@@ -165,7 +183,7 @@ class AdapterBench:
         return encode_answers(self.base.tokenizer, rows).to(self.device)
 
     @torch.no_grad()
-    def write(self, prompts: Float[Tensor, "tasks N features"]) -> Float[Tensor, "tasks D"]:
+    def write(self, prompts: PromptStates) -> Float[Tensor, "tasks D"]:
         """An adapter for every set of prompts, `max_batch` at once, shared by the processes."""
 
         def write(chunk: slice) -> Rows:
@@ -203,7 +221,7 @@ class AdapterBench:
     # --- the generator ------------------------------------------------------------------------------------------------
 
     def written(self) -> tuple[list[Line], float]:
-        """Adapters from 32 prompts in unseen wordings, then from fewer; and the seconds that one takes."""
+        """Adapters from 32 prompts in unseen wordings, from fewer, from none with an input; and the seconds of one."""
         sets = {split: self.prompts(split) for split in self.splits}
         first = sets[self.splits[0]]
         self.write(first)  # what is compiled or allocated at first is not timed
@@ -213,10 +231,15 @@ class AdapterBench:
         label = self.config.label
         written = {split: self.write(prompts) for split, prompts in sets.items()}
         lines = [self.line(label, "generator", written, seconds=seconds)]
-        for count in FEWER_PROMPTS:
-            fewer = {split: baselines.repeated(prompts[:, :count], PROMPTS) for split, prompts in sets.items()}
-            written = {split: self.write(prompts) for split, prompts in fewer.items()}
-            lines.append(self.line(f"{label}, {count} prompt{'s' * (count > 1)}", "generator", written))
+        less = {
+            f"{count} prompt{'s' * (count > 1)}": {split: prompts[:, :count] for split, prompts in sets.items()}
+            for count in FEWER_PROMPTS
+        }
+        if self.rules:
+            less["description only"] = {split: self.descriptions(self.rules, split) for split in self.splits}
+        for name, few in less.items():
+            written = {split: self.write(baselines.repeated(prompts, PROMPTS)) for split, prompts in few.items()}
+            lines.append(self.line(f"{label}, {name}", "generator", written))
         return lines, seconds
 
     def controls(self) -> list[Line]:
@@ -224,7 +247,7 @@ class AdapterBench:
         draw = seeds.rng("cpu", self.config.seed, "random prompts")
         letters = torch.randint(ord("a"), ord("z") + 1, (PROMPTS, 60), generator=draw).tolist()
         nonsense = {"random strings": ["".join(map(chr, row)) for row in letters], "empty prompts": [""] * PROMPTS}
-        embedded = prompt_embeddings(list(nonsense.values()), self.family.encoder).to(self.device)
+        embedded = prompt_states(list(nonsense.values()), self.family.encoder, self.family.tokens).to(self.device)
         label = self.config.label
         shuffled = {s: self.write(self.prompts(s)[baselines.other_tasks(self.members(s))]) for s in self.splits}
         note = "prompts of a task of the same split that differs in rule and format, where there is one"
@@ -272,7 +295,7 @@ class AdapterBench:
         return self.trained("train")
 
     @cached_property
-    def library_prompts(self) -> Float[Tensor, "n N features"]:
+    def library_prompts(self) -> PromptStates:
         return self.prompts("train")
 
     def from_stored(self) -> list[Line]:
@@ -318,7 +341,7 @@ class AdapterBench:
             lines.append(self.line(name, "baseline", self.everywhere(adapter), answers, updates=steps, note=note))
         return lines
 
-    # --- distances and costs ------------------------------------------------------------------------------------------
+    # --- distances and confusions -------------------------------------------------------------------------------------
 
     def novelty(self, line: Line, trained: Line) -> Novelty:
         """1 - cosine of the change B A to the nearest training adapter, for the first split."""
@@ -332,6 +355,7 @@ class AdapterBench:
         good = exact >= bar.mean() - bar.std(correction=0)
         return Novelty(
             name=line.name,
+            kind=line.kind,
             metric=bootstrap_interval(exact, self.config.seed),
             distance=float(own.mean()),
             distance_ratio=float(own.mean() / among.mean()),
@@ -340,58 +364,41 @@ class AdapterBench:
             novel_and_good=float(((own >= among.mean()).cpu() & good).double().mean()),
         )
 
-    def costs_of(self, sample_seconds: float, spent: Spent) -> Costs:
-        """Everything behind one written adapter beside one trained adapter; the encoder of prompts is not counted.
-
-        What it took to train adapters that were imported is not known, and counts as nothing.
-        """
-        prompts = self.prompts(self.splits[0])[:1]
-        sample = from_first(costs.count_flops(lambda: self.write(prompts)))
-        answers = self.answers("train")[:, :1].trimmed()
-        base = self.fresh.expand(len(answers.tokens), -1)
-        forward = costs.count_flops(lambda: answer_scores(self.base, self.recipe.spec, base, answers)) / len(base)
-        train_seconds = 0.0 if self.task.checkpoints else spent.zoo_seconds / self.zoo.runs
-        fixed = spent.zoo_seconds + spent.training_seconds
-        train_flops = self.recipe.iterations * self.recipe.examples * FROZEN_TRAINING_FACTOR * forward
-        return Costs(
-            zoo_seconds=spent.zoo_seconds,
-            generator_seconds=spent.training_seconds,
-            sample_seconds=sample_seconds,
-            train_seconds=train_seconds,
-            zoo_flops=self.zoo.runs * train_flops,
-            generator_flops=spent.training_examples * costs.TRAINING_FACTOR * self.loss_flops(),
-            sample_flops=sample,
-            train_flops=train_flops,
-            break_even=costs.break_even(fixed, sample_seconds, train_seconds),
-        )
-
-    def loss_flops(self) -> float:
-        """FLOPs of the generator's loss on one example, its passes through the frozen model included.
-
-        A loss may change on the way: the mean of four moments of training.
-        """
-        pooled = not reads_prompt_sets(self.generator)
-        draw = AdapterBatchSampler(self.zoo, self.task, "train", BatchConfig(), pooled=pooled)
-        batch, rng = draw(1, seeds.rng(self.zoo.device, 0)), seeds.rng(self.zoo.device, 0)
+    def confusions(self, line: Line) -> list[Confusion]:
+        """Which rule and which format the adapters of each task carry out; nothing for tasks without either."""
+        if self.rules is None:
+            return []
+        length = self.family.answers(self.recipe.base, "test").positions.shape[-1]
         found = []
-        for progress in (0.125, 0.375, 0.625, 0.875):
-            batch.progress = progress
-            found.append(costs.count_flops(lambda: self.generator.loss(batch, rng)))
-        return sum(found) / len(found)
+        for split, weights in line.adapters.items():
+            members = self.members(split)
+            examples = [self.rules.examples(m, _part(split), DECODED, self.family.seed) for m in members]
+            prompts = [[prompt for prompt, _ in pairs] for pairs in examples]
+            found += confusions(self.base, self.recipe.spec, self.rules, members, weights, prompts, length, split)
+        return found
 
     def notes(self) -> list[str]:
+        """What a reader has to know of this evaluation."""
         counts = ", ".join(f"{len(self.family.splits[split])} in {split}" for split in self.splits)
         return [
             f"tasks: {counts}; {self.family.examples} examples of each, on the bare input: only the adapter, or the "
             "prompt where a row says so, knows the task",
-            "format and content are judged on the most likely token after the right ones, not on free decoding",
+            "format and content are judged on the most likely token after the right ones, not on free decoding; the "
+            "tables of rules and formats are",
             "distances are 1 - cosine of the change B A to the nearest training adapter; ratios are to the same "
             "distance between training adapters",
             "a trained adapter is cheap: where the break-even number of tasks is large, training each one is the "
             "better choice for whoever has labelled examples; the generator needs none",
             "training the generator is taken to cost three forward passes of its loss, and training an adapter two of "
             "the frozen language model",
+            *filter(None, [REMARKS.get(self.recipe.base), self.gauge()]),
         ]
+
+    def gauge(self) -> str | None:
+        """What is wrong with averaging or regressing the library, where every adapter has an A of its own."""
+        if not self.recipe.spec.train_a or len(self.library) < 2:
+            return None
+        return gauge_report([self.task.structure.state_dict(row) for row in self.library[:GAUGED].cpu()]).warning
 
 
 def _part(split: str) -> str:

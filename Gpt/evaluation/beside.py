@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from Gpt.adapters.family import AdapterFamily
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, ZooError
 from Gpt.evaluation.results import Interval, Results, Row, Trace
@@ -56,8 +57,11 @@ def side_by_side(results: Results, others: Others, curves: Sequence[Trace]) -> R
 def training_curves(zoo: Zoo, task: Task, count: int, seed: int = 0) -> list[Trace]:
     """The test metric of ordinary training after every stored iteration, mean over the first `count` test runs.
 
-    Nothing where no run is held out, or where the zoo stores the end of training alone or did not measure the rest.
+    Nothing where no run is held out, or where the zoo stores the end of training alone or did not measure the rest; nor
+    for adapters, whose evaluation is about another metric.
     """
+    if isinstance(task.family, AdapterFamily):
+        return []
     column = f"test_{task.metric}"
     try:
         rows = zoo.split("test")[:count]

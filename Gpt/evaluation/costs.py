@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.results import Costs
 from Gpt.generator import Generator
-from Gpt.recipes import AdapterRecipe, PpoRecipe, SupervisedRecipe
+from Gpt.recipes import AdapterRecipe, PpoRecipe, SingleRecipe, SupervisedRecipe
 from Gpt.tasks import Task
 
 # A backward pass takes about twice its forward pass: gradients of the inputs and of the weights.
@@ -64,7 +64,8 @@ def training_steps(task: Task) -> int | None:
         return recipe.iterations * recipe.epochs * recipe.minibatches
     if isinstance(recipe, AdapterRecipe):
         return recipe.iterations
-    return recipe.epochs * (len(task.data("train")[1]) // recipe.batch_size)
+    steps = recipe.epochs * (len(task.data("train")[1]) // recipe.batch_size)
+    return steps + recipe.tail_iterations if isinstance(recipe, SingleRecipe) else steps
 
 
 def training_step_flops(task: Task) -> float:
@@ -77,7 +78,7 @@ def training_step_flops(task: Task) -> float:
         passes = transitions * (1 + TRAINING_FACTOR * recipe.epochs) / (recipe.epochs * recipe.minibatches)
         return passes * forward_flops(task)
     if not isinstance(recipe, SupervisedRecipe):
-        raise TypeError(f"the FLOPs of a {type(recipe).__name__} are those of its base model, see AdapterBench")
+        raise TypeError(f"FLOPs of a {type(recipe).__name__} are those of its base model: Gpt.evaluation.adapter_costs")
     return recipe.batch_size * TRAINING_FACTOR * forward_flops(task)
 
 

@@ -18,7 +18,7 @@ from Gpt.data.zoo import Zoo
 from Gpt.distributed import from_first
 from Gpt.evaluation import baselines, costs, optimisers, prompting
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.novelty import Bank, novelty
+from Gpt.evaluation.novelty import Bank, former_runs_note, novelty
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts, Writer, evaluating
 from Gpt.evaluation.results import Costs, Novelty, PromptCurve, Results, Row, Trace
@@ -218,7 +218,8 @@ class Bench:
         flops = costs.sample_flops(self.generator, self.held_out, config.steps, config.guidance)
         networks = written[:, 0]
         note = f"asked for {task.metric} {wanted.mean():.3g}, chosen on validation data"
-        details = {"updates": 1, "seconds": seconds, "flops": flops, "note": note}
+        updates = 1 if self.generator.needs_start else None
+        details = {"updates": updates, "seconds": seconds, "flops": flops, "note": note}
         rows = [self.row(f"{config.label}, {self.single}", "generator", networks, **details)]
         if samples > 1:
             metric = test_population(task, written.flatten(0, 1), "validation")[f"validation_{task.metric}"]
@@ -233,9 +234,10 @@ class Bench:
         config, task, held_out = self.config, self.task, self.held_out
 
         def curve(name: str, starts: Starts, wanted: Tensor, handed: Tensor | None = None) -> PromptCurve:
+            kind = "generator" if handed is None else "baseline"
             handed = wanted if handed is None else handed
             achieved = prompting.achieved_metric(self.writer, task, starts, handed, config.samples_per_prompt, name)
-            return prompting.prompt_curve(name, wanted, achieved, config.seed)
+            return prompting.prompt_curve(name, kind, wanted, achieved, config.seed)
 
         attainable = self.wishes(held_out, self.attained)
         training = self.starts("train", config.networks)
@@ -250,7 +252,7 @@ class Bench:
     def _retrieval_curve(self, wanted: Float[Tensor, "n p"]) -> PromptCurve:
         stored = baselines.retrieve(self.zoo, self.task, wanted.flatten()).read(self.zoo, self.device)
         metric = test_population(self.task, stored, "validation")[f"validation_{self.task.metric}"]
-        return prompting.prompt_curve("retrieval", wanted, metric.view_as(wanted), self.config.seed)
+        return prompting.prompt_curve("retrieval", "baseline", wanted, metric.view_as(wanted), self.config.seed)
 
     def recursive(self, chosen: int) -> tuple[list[Trace], list[Row]]:
         """Updates of updates, from held-out and from unfamiliar starts; nothing for a generator that needs no start."""
@@ -350,7 +352,8 @@ class Bench:
         sets = {name: weights[: config.novelty_networks] for name, weights in sets.items()}
         held_out = "held-out training"
         sets[held_out] = self._finished(config.novelty_networks)
-        return novelty(self.task, sets, held_out, bank, candidates=config.novelty_candidates, seed=config.seed)
+        kinds = dict.fromkeys(sets, "baseline") | {config.label: "generator", held_out: "reference"}
+        return novelty(self.task, sets, kinds, held_out, bank, candidates=config.novelty_candidates, seed=config.seed)
 
     def costs_of(self, update: Update, spent: Spent, step_seconds: float | None) -> Costs:
         """Training one network costs its share of the zoo's wall-clock or, unless that is known, its timed steps."""
@@ -381,7 +384,7 @@ class Bench:
             found.append("optimisers are left out: the task has no training data and supervised recipe to run them on")
         if not self.generator.needs_start:
             found.append("recursive updates are left out: the generator needs no start")
-        return found
+        return found + former_runs_note(self.zoo)
 
     @property
     def _trains_by_gradient(self) -> bool:

@@ -6,9 +6,9 @@ masks are written for and measured once, on test images.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,8 +21,10 @@ from Gpt.errors import ConfigError
 from Gpt.evaluation import baselines, costs
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
+from Gpt.evaluation.mask_baselines import KERNEL_SETTINGS, kernel_ridge_networks
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import best_attained, evaluating, validation_metric
+from Gpt.evaluation.reading import heard
 from Gpt.evaluation.results import Costs, Results, Row
 from Gpt.evaluation.statistics import bootstrap_interval
 from Gpt.generator import Generator, Prompt
@@ -40,7 +42,7 @@ from Gpt.tasks import Task
 
 GUIDANCE = (1.0, 1.5, 2.0)
 WISHES = (0.0, 0.1, 0.25, 0.5)  # quantiles of what trained networks reach, the best first
-PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+RIDGE_SETTINGS = [{"penalty": penalty} for penalty in (0.1, 1.0, 10.0, 100.0, 1000.0)]
 
 
 def evaluate_family(
@@ -139,7 +141,11 @@ class FamilyBench:
         conditions: Sequence[str] = ("class_mask",),
         descriptions: Descriptions | None = None,
     ):
-        self.family = family_of(task)
+        if not isinstance(task.family, MaskSplit):
+            raise ConfigError(
+                f"task {task.name!r} is not one task for each mask; give it the key 'family', a MaskSplit"
+            )
+        self.family = task.family
         self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
         self.masks, self.conditions, self.descriptions = self.family.test_masks, conditions, descriptions
 
@@ -280,10 +286,16 @@ class FamilyBench:
                 note="the networks for unseen masks, each measured on another one",
             ),
         ]  # fmt: skip
-        if len(request.conditions) > 1:
+        if self.descriptions is not None and len(request.conditions) > 1:
             spoken = self.write(masks, "sentences alone", replace(request, conditions=("text",)))
             name = f"{label}, unseen masks in words alone"
             rows.append(self.row(name, "generator", spoken, self.masks, of_mask, note=note, **details))
+            read = heard(self.descriptions, self.masks)
+            understood = read[of_mask, torch.arange(len(masks)) % read.shape[1]]  # sentences as they were told above
+            told = self.write(understood, "sentences read", replace(request, conditions=("class_mask",)))
+            right = float((read == self.masks[:, None]).all(-1).float().mean())
+            name, note = f"{label}, unseen masks read off words", f"{right:.0%} of the sentences read without a mistake"
+            rows.append(self.row(name, "generator", told, self.masks, of_mask, note=note, **details))
         passes = (self.config.steps or self.generator.default_steps) * (1 if request.guidance == 1 else 2)
         paid = costs.costs(
             self.task,
@@ -318,8 +330,9 @@ class FamilyBench:
         sets = {
             "retrieval: nearest seen mask": (nearest_network(wanted, seen, weights), "the best run of that mask"),
             "retrieval: nearest mask or complement": (either, "a complement's network with its outputs swapped"),
-            "ridge from mask to weights": self.ridge(products=False),
-            "ridge, with products of classes": self.ridge(products=True),
+            "ridge from mask to weights": self.regression(ridge_networks, RIDGE_SETTINGS),
+            "ridge, with products of classes": self.regression(partial(ridge_networks, products=True), RIDGE_SETTINGS),
+            "kernel ridge from mask to weights": self.regression(kernel_ridge_networks, KERNEL_SETTINGS),
             "mean network": (mean_network(wanted, weights), "of all seen ones"),
         }
         rows = [self.row(name, "baseline", found, wanted, one_each, note=note) for name, (found, note) in sets.items()]
@@ -337,17 +350,18 @@ class FamilyBench:
         note = f"{len(of_mask)} of {len(self.masks)} masks have theirs in training"
         return [self.row("complement with swapped outputs", "baseline", swapped, self.masks, of_mask, note=note)]
 
-    def ridge(self, products: bool) -> tuple[Float[Tensor, "masks D"], str]:
-        """Networks by ridge regression, with the penalty that is best on the validation masks."""
-        seen, weights = self.seen
-        validation = self.family.validation_masks
+    def regression(
+        self, regress: Callable[..., Float[Tensor, "P D"]], candidates: list[dict[str, float]]
+    ) -> tuple[Float[Tensor, "masks D"], str]:
+        """Networks by a regression from mask to weights, with the settings that are best on the validation masks."""
+        (seen, weights), validation = self.seen, self.family.validation_masks
 
-        def regressed(wanted: Tensor, penalty: float) -> Tensor:
-            return ridge_networks(wanted, seen, weights, penalty=penalty, products=products)
+        def score(settings: dict[str, float]) -> float:
+            return float(self.validation_metric(regress(validation, seen, weights, **settings), validation).mean())
 
-        scores = [float(self.validation_metric(regressed(validation, p), validation).mean()) for p in PENALTIES]
-        best = PENALTIES[scores.index(min(scores) if self.task.minimize else max(scores))]
-        return regressed(self.masks, best), f"penalty {best:g}, chosen on validation masks"
+        best = (min if self.task.minimize else max)(candidates, key=score)
+        chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
+        return regress(self.masks, seen, weights, **best), f"{chosen}; chosen on validation masks"
 
     def majority_class(self) -> Row:
         """Always the answer that is right more often on the training images: no network at all."""
@@ -364,7 +378,7 @@ class FamilyBench:
         found = [
             f"{family.held_out} masks held out for testing, {family.validation} for validation; the "
             f"{len(family.train_masks)} training masks differ in more than {family.radius} classes from all of these "
-            + complements,
+            f"{complements}",
         ]
         if getattr(self.task.recipe, "shared_init", False):
             found.append(
@@ -372,17 +386,6 @@ class FamilyBench:
                 "and the mean network"
             )
         return found
-
-
-def family_of(task: Task) -> MaskSplit:
-    """The task's masks.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if not isinstance(task.family, MaskSplit):
-        raise ConfigError(f"task {task.name!r} is not one task for each mask; give it the key 'family', a MaskSplit")
-    return task.family
 
 
 def repeated(masks: Bool[Tensor, "masks classes"], count: int) -> tuple[Bool[Tensor, "P classes"], Int[Tensor, " P"]]:

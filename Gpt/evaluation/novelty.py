@@ -20,7 +20,8 @@ class Bank:
     """The training networks that others are compared with, and what they score.
 
     Attributes:
-        weights: the final and the best snapshot of training runs, the best runs first.
+        weights: the final and the best snapshot of training runs, the best runs first; then the final networks of all
+            runs that gave way to others while the generator was trained.
         runs: the run of each, so that a training network is not compared with its own run.
         wrong: which test examples the best of these runs get wrong, by both snapshots; None without a `correct_fn`.
     """
@@ -38,12 +39,15 @@ class Bank:
         if task.correct_fn is not None:
             behaving = torch.cat([weights[: max_behaviours // 2] for weights in snapshots])
             wrong = ~correct_population(task, behaving, "test")
-        return cls(torch.cat(snapshots), torch.cat([final.runs, best.runs]), wrong)
+        former = torch.arange(zoo.runs, zoo.runs + len(zoo.former))
+        weights = torch.cat([*snapshots, zoo.former.to(snapshots[0])])
+        return cls(weights, torch.cat([final.runs, best.runs, former]), wrong)
 
 
 def novelty(
     task: Task,
     sets: dict[str, Float[Tensor, "n D"]],
+    kinds: dict[str, str],
     held_out: str,
     bank: Bank,
     *,
@@ -57,7 +61,7 @@ def novelty(
     those of other runs, on average.
 
     Args:
-        sets: networks by name.
+        sets, kinds: networks by name, and what kind each set is, see `Row`.
         held_out: the name of the trained networks that no training run holds, which Z_U compares with.
         candidates: see `permutation_distance`.
 
@@ -82,6 +86,7 @@ def novelty(
         rows.append(
             Novelty(
                 name=name,
+                kind=kinds[name],
                 metric=bootstrap_interval(metric, seed),
                 distance=float(distance.mean()),
                 distance_ratio=float(distance.mean()) / unit,
@@ -91,6 +96,16 @@ def novelty(
             )
         )
     return rows, bar
+
+
+def former_runs_note(zoo: Zoo) -> list[str]:
+    """What to say of a zoo whose runs changed while the generator learnt from it; nothing of any other."""
+    if not len(zoo.former):
+        return []
+    return [
+        f"the zoo changed during training: novelty counts also the {len(zoo.former):,} runs that gave way to others, "
+        "by their final networks; all other rows and curves know the runs that the zoo held at the end"
+    ]
 
 
 def _bar(metric: Float[Tensor, " n"], minimize: bool) -> float:

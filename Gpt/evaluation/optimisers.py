@@ -1,7 +1,7 @@
 """Ordinary optimisers from the generator's own starting networks, with the learning rate tuned on validation data.
 
-All networks and all learning rates train at once, as rows of one matrix. The loss is the cross-entropy on the task's
-training data.
+All networks train at once, with a few learning rates each, as rows of one matrix; several processes share the learning
+rates. The loss is the cross-entropy on the task's training data.
 """
 
 import time
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt import updates
-from Gpt.distributed import from_first
+from Gpt.distributed import Rows, from_first, in_chunks
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
@@ -24,6 +24,8 @@ from Gpt.population import population_gradient
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task
+
+RATES_AT_ONCE = 4  # while tuning, on a few networks; fewer would leave a GPU idle
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,11 @@ def tune(
     """
     grid = optimiser.learning_rates(learning_rates)
     budgets = sorted(set(budgets))
-    tried = optimise(task, tuning.weights, optimiser, grid, budgets, seed)
+    tried = _shared_out(task, tuning.weights, optimiser, grid, budgets, seed, RATES_AT_ONCE)
     chosen = [_best_rate(task, networks) for networks in tried]
     rates = sorted(set(chosen))
     steps = checkpoint_steps(budgets[-1], budgets)
-    trained = optimise(task, starts.weights, optimiser, [grid[i] for i in rates], steps, seed + 1)
+    trained = _shared_out(task, starts.weights, optimiser, [grid[i] for i in rates], steps, seed + 1, 1)
     tuned = [
         Tuned(budget, grid[i], i in (0, len(grid) - 1), trained[steps.index(budget), rates.index(i)])
         for budget, i in zip(budgets, chosen, strict=True)
@@ -145,6 +147,23 @@ def step_seconds(task: Task, starts: Starts, seed: int, steps: int = 10) -> floa
     began = time.perf_counter()
     optimise(task, starts.weights, OPTIMISERS[0], [0.1], [steps], seed).sum().item()  # waits for the device
     return from_first(time.perf_counter() - began) / steps / len(starts.weights)
+
+
+def _shared_out(
+    task: Task,
+    starts: Float[Tensor, "n D"],
+    optimiser: Optimiser,
+    learning_rates: Sequence[float],
+    steps: Sequence[int],
+    seed: int,
+    size: int,
+) -> Float[Tensor, "steps rates n D"]:
+    """`optimise`, its learning rates shared out among the processes, `size` at a time."""
+
+    def work(chunk: slice) -> Rows:
+        return {"weights": optimise(task, starts, optimiser, learning_rates[chunk], steps, seed).transpose(0, 1)}
+
+    return in_chunks(work, len(learning_rates), size)["weights"].transpose(0, 1)
 
 
 def _best_rate(task: Task, networks: Float[Tensor, "rates n D"]) -> int:

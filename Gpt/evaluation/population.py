@@ -56,9 +56,7 @@ def test_population(
         return {task.metric: torch.tensor([value]).float()}
 
     columns = in_chunks(measure, len(weights), batch if task.batched else 1)
-    return {
-        f"{split}_{metric}": _finite_or_worst(values, metric, task.minimize) for metric, values in columns.items()
-    }
+    return {f"{split}_{metric}": _finite_or_worst(values, metric, task.minimize) for metric, values in columns.items()}
 
 
 @torch.no_grad()

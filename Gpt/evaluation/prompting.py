@@ -146,10 +146,12 @@ def achieved_metric(
     return metric.view(*wanted.shape, samples).mean(-1)
 
 
-def prompt_curve(name: str, prompted: Float[Tensor, "n p"], achieved: Float[Tensor, "n p"], seed: int) -> PromptCurve:
+def prompt_curve(
+    name: str, kind: str, prompted: Float[Tensor, "n p"], achieved: Float[Tensor, "n p"], seed: int
+) -> PromptCurve:
     """One line per network, with the interval of its R² over networks."""
     alignment = bootstrap_interval(prompt_alignment(prompted, achieved), seed)
-    return PromptCurve(name, prompted.tolist(), achieved.tolist(), alignment)
+    return PromptCurve(name, kind, prompted.tolist(), achieved.tolist(), alignment)
 
 
 def shuffled(wanted: Float[Tensor, "n p"], seed: int) -> Float[Tensor, "n p"]:

@@ -43,12 +43,14 @@ class PromptCurve:
 
     Attributes:
         name: e.g. "held-out starts".
+        kind: whose networks these are, see `Row`; controls are baselines.
         prompted: [networks][prompts] wanted metric.
         achieved: [networks][prompts] measured metric (mean over samples when there are several per prompt).
         alignment: R² per network, averaged, with its interval over networks.
     """
 
     name: str
+    kind: str
     prompted: list[list[float]]
     achieved: list[list[float]]
     alignment: Interval
@@ -56,7 +58,8 @@ class PromptCurve:
 
 @dataclass(frozen=True)
 class Trace:
-    """A metric along an axis: recursive updates, optimiser steps, latent walks. `low` and `high` bound the mean."""
+    """A metric along an axis: recursive updates, optimiser steps, ordinary training. `low` and `high` bound the mean;
+    for `kind` see `Row`."""
 
     name: str
     kind: str
@@ -71,6 +74,7 @@ class Novelty:
     """How far a set of networks is from the training networks.
 
     Attributes:
+        kind: see `Row`; networks trained apart from the training runs are references.
         distance: mean L2 distance to the nearest training network, minimum over permutations.
         distance_ratio: the same over the distance between training networks.
         error_overlap: mean over networks of the largest IoU of wrongly classified examples with a training network.
@@ -79,6 +83,7 @@ class Novelty:
     """
 
     name: str
+    kind: str
     metric: Interval
     distance: float
     distance_ratio: float
@@ -108,6 +113,21 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """What networks do, when they should do which: `counts[wanted][found]`, numbers of networks.
+
+    Attributes:
+        name: of which networks, and what, e.g. "s2: rule".
+        wanted, found: names of the rows and of the columns.
+    """
+
+    name: str
+    wanted: list[str]
+    found: list[str]
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything one evaluation found. `metric` is the column it is about, such as "test_loss".
 
@@ -123,6 +143,7 @@ class Results:
     optimisers: list[Trace] = field(default_factory=list)
     training_curves: list[Trace] = field(default_factory=list)
     novelty: list[Novelty] = field(default_factory=list)
+    confusions: list[Confusion] = field(default_factory=list)
     costs: Costs | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -26,6 +26,7 @@ from Gpt.errors import ZooError
 from Gpt.evaluation import baselines, costs
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig, Progress
+from Gpt.evaluation.novelty import former_runs_note
 from Gpt.evaluation.population import correct_population, test_population
 from Gpt.evaluation.prompting import evaluating, tensor_stds
 from Gpt.evaluation.recalibration import EXAMPLES, recalibrated
@@ -304,8 +305,10 @@ class WholeBench:
         )
 
     def distances(self, weights: Float[Tensor, "n D"]) -> Float[Tensor, "n m"]:
-        """L2 distance to each original, minimum over permutations of hidden units where the task names them."""
-        return permutation_distance(weights, self.originals, self.task.structure, self.config.novelty_candidates)
+        """L2 distance to each original, and to each run that gave way to others while the generator was trained;
+        minimum over permutations of hidden units where the task names them."""
+        known = torch.cat([self.originals, self.zoo.former.to(self.originals)])
+        return permutation_distance(weights, known, self.task.structure, self.config.novelty_candidates)
 
     def overlaps(self, weights: Float[Tensor, "n D"]) -> Float[Tensor, "n k"] | None:
         """Intersection over union of the wrongly classified test examples, with each original's."""
@@ -331,6 +334,7 @@ class WholeBench:
             rows.append(
                 Novelty(
                     name=name,
+                    kind=measured.row.kind,
                     metric=bootstrap_interval(measured.metric, self.config.seed),
                     distance=float(measured.distance.mean()),
                     distance_ratio=float(measured.distance.mean()) / unit,
@@ -355,7 +359,7 @@ class WholeBench:
             found.append("the task has no validation_data_fn: training was watched on the test data")
         if recalibrate:
             found.append("batch-norm statistics were re-estimated in the row that says so, and in no other")
-        return found
+        return found + former_runs_note(self.zoo)
 
 
 def pca_gaussian(

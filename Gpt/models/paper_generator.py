@@ -127,10 +127,6 @@ class PaperGpt(Generator):
         noise = torch.randn(target.shape, generator=rng, device=device)
         return self.objective.loss(self._network(self.network, batch.start, batch.prompt), target, t, noise).mean()
 
-    @property
-    def smooth_sampler(self) -> str:
-        return "ddim"
-
     def write(
         self,
         prompt: Prompt,

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from Gpt.evaluation.results import Interval, Novelty, PromptCurve, Results, Trace
+from Gpt.report.confusion import confusions
 from Gpt.report.logger import Metrics, read_metrics
 from Gpt.report.style import (
     COLOURS,
@@ -28,10 +29,8 @@ from Gpt.report.style import (
 )
 from Gpt.report.text import (
     comparison_rows,
-    curve_kind,
     format_interval,
     metric_label,
-    novelty_kind,
     side_by_side_rows,
 )
 
@@ -190,12 +189,12 @@ def novelty(results: Results) -> Figure:
     overlaps = [(n, n.error_overlap) for n in sets if n.error_overlap is not None]
     figure = new_figure(11.0 if overlaps else 7.0, 5.2)
     axes = figure.subplots(1, 2 if overlaps else 1, sharey=True, squeeze=False)[0]
-    _draw_sets(axes[0], results, [(n, n.distance_ratio) for n in sets])
+    _draw_sets(axes[0], [(n, n.distance_ratio) for n in sets])
     axes[0].axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axes[0].set_xlabel("distance to the nearest training network\n(1 = between training networks)")
     axes[0].set_ylabel(metric_label(results.metric))
     if overlaps:
-        _draw_sets(axes[1], results, overlaps)
+        _draw_sets(axes[1], overlaps)
         axes[1].set_xlabel("overlap of wrongly classified examples\nwith the most similar training network (IoU)")
     metric_scale(axes[0], "y", [n.metric.mean for n in sets], results.minimize)
     _legend_below(figure)
@@ -217,10 +216,9 @@ def wrong_predictions(results: Results) -> Figure:
     axis.plot([x for x, _ in ladder], [y for _, y in ladder], color=MUTED, lw=1.2, zorder=1)
     counts: dict[str, int] = {}
     for row, overlap in sets:
-        kind = novelty_kind(results, row.name)
-        marker = MARKERS[counts.setdefault(kind, 0) % len(MARKERS)]
-        counts[kind] += 1
-        axis.plot([row.distance_ratio], [overlap], marker, color=COLOURS[kind], ms=9, label=row.name, ls="none")
+        marker = MARKERS[counts.setdefault(row.kind, 0) % len(MARKERS)]
+        counts[row.kind] += 1
+        axis.plot([row.distance_ratio], [overlap], marker, color=COLOURS[row.kind], ms=9, label=row.name, ls="none")
     axis.set_xscale("log")
     axis.axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axis.set_xlabel("distance to the nearest training network (1 = between training networks)")
@@ -259,6 +257,7 @@ def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str
         "recursive": recursive(results) if results.recursive else None,
         "novelty": novelty(results) if results.novelty else None,
         "gap_closed": gap_closed(results) if any("s2_gap_closed" in row.metrics for row in results.table) else None,
+        "confusions": confusions(results) if results.confusions else None,
         "wrong_predictions": wrong_predictions(results) if any(n.error_overlap for n in results.novelty) else None,
         "training": training(metrics) if _training_panels(metrics) else None,
     }
@@ -297,7 +296,7 @@ def _rank(mean: float, minimize: bool) -> float:
 
 
 def _draw_curve(axis: Axes, curve: PromptCurve) -> None:
-    colour = COLOURS[curve_kind(curve)]
+    colour = COLOURS[curve.kind]
     prompted, achieved = np.asarray(curve.prompted), _finite(curve.achieved)
     axis.plot(prompted.T, achieved.T, color=colour, lw=0.7, alpha=min(0.5, max(0.12, 8 / len(prompted))))
     ends = [prompted.min(), prompted.max()]
@@ -308,7 +307,7 @@ def _draw_curve(axis: Axes, curve: PromptCurve) -> None:
         achieved.mean(axis=0)[whole],
         color=colour,
         lw=2.6,
-        label=f"mean, {curve_kind(curve)}",
+        label=f"mean, {curve.kind}",
     )
     mean, bounds = format_interval(curve.alignment)
     diverged = int((~np.isfinite(achieved)).any(axis=1).sum())
@@ -351,15 +350,14 @@ def _draw_interval(axis: Axes, interval: Interval, height: int, colour: str) -> 
     axis.plot([mean], [height], "o", color=colour, ms=7)
 
 
-def _draw_sets(axis: Axes, results: Results, points: Sequence[tuple[Novelty, float]]) -> None:
+def _draw_sets(axis: Axes, points: Sequence[tuple[Novelty, float]]) -> None:
     counts: dict[str, int] = {}
     for row, x in points:
-        kind = novelty_kind(results, row.name)
-        marker = MARKERS[counts.setdefault(kind, 0) % len(MARKERS)]
-        counts[kind] += 1
+        marker = MARKERS[counts.setdefault(row.kind, 0) % len(MARKERS)]
+        counts[row.kind] += 1
         low, mean, high = _finite([row.metric.low, row.metric.mean, row.metric.high])
-        axis.plot([x, x], [low, high], color=COLOURS[kind], lw=2, alpha=0.45)
-        axis.plot([x], [mean], marker, color=COLOURS[kind], ms=9, label=row.name, ls="none")
+        axis.plot([x, x], [low, high], color=COLOURS[row.kind], lw=2, alpha=0.45)
+        axis.plot([x], [mean], marker, color=COLOURS[row.kind], ms=9, label=row.name, ls="none")
     axis.margins(0.08)
 
 

@@ -56,6 +56,16 @@ CAPTIONS = {
         "training networks are from each other; at 0 they are copies. New and good means right of the dashed line, at "
         "the good end of the metric."
     ),
+    "gap_closed": (
+        "The share of the way from the base model (0 %) to adapters trained for each task (100 %), with 95 % intervals "
+        "over tasks: s2 are unseen pairs of a rule and a format that were both seen, s1 the training tasks with new "
+        "inputs and wordings, s3 unseen rules."
+    ),
+    "confusions": (
+        "Rows are what the prompts asked for, columns what the written adapters carry out when they decode freely: the "
+        "rule and the format that more than half of an adapter's replies follow, counted in tasks. The diagonal, "
+        "outlined, is right; unseen rules have no right column a generator could have learnt."
+    ),
     "wrong_predictions": (
         "How alike networks err, against how far apart their weights are; one point per set of networks. Noise of "
         "growing scale draws the line. What lies below it errs otherwise than its distance would explain; copies lie "

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 COLOURS = {"generator": "#0b62c4", "optimiser": "#d1600a", "baseline": "#6b7280", "reference": "#0f8a5f"}
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e4e7eb"
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*<>hp"
 DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))
 
 RC: dict[Any, Any] = {

@@ -2,7 +2,11 @@
 
 import math
 
-from Gpt.evaluation.results import Interval, PromptCurve, Results, Row
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from Gpt.evaluation.results import Interval, Results, Row
 
 PERCENTAGES = ("error", "exact", "format", "content", "closed")
 
@@ -69,20 +73,12 @@ def find_row(results: Results, kind: str, name: str = "") -> Row | None:
     return None
 
 
-def curve_kind(curve: PromptCurve) -> str:
-    """Kind of a prompt curve by its name: retrieval and shuffled prompts are baselines, all else the generator."""
-    return "baseline" if any(word in curve.name.lower() for word in ("retrieval", "shuffle")) else "generator"
-
-
-def novelty_kind(results: Results, name: str) -> str:
-    """Kind of a set of networks: that of the table's row of this name, or of the rows that begin with it (`G.pt, …`).
-
-    Sets that the table does not know are networks trained apart from the zoo's training runs, hence references.
-    """
-    for row in results.table:
-        if row.name == name or row.name.startswith(f"{name},"):
-            return row.kind
-    return "reference"
+def best_row(results: Results, kind: str) -> Row | None:
+    """The row of `kind` with the best mean of the main metric, among those whose mean is finite."""
+    means = [(row.metrics[results.metric].mean, row) for row in results.table if results.metric in row.metrics]
+    finite = [(mean, row) for mean, row in means if row.kind == kind and math.isfinite(mean)]
+    best = (min if results.minimize else max)(finite, key=lambda scored: scored[0], default=None)
+    return best[1] if best else None
 
 
 def comparison_rows(results: Results) -> list[Row]:
@@ -117,16 +113,16 @@ def summarise(results: Results) -> str:
         f"the mean and its 95 % bootstrap interval (n = {scored.count})."
     ]
     retrieval = find_row(results, "baseline", "retrieval")
-    training = find_row(results, "reference")
+    rival, training = best_row(results, "baseline"), find_row(results, "reference")
     sentences.append(
         _verdict("returning a stored network (retrieval)", scored, retrieval, results)
         if retrieval
         else "Retrieval was not measured, so whether the generator beats a stored network is open."
     )
+    if rival is not None and rival is not retrieval:
+        sentences.append(_verdict(f"the best way without a generator, “{rival.name}”", scored, rival, results))
     sentences.append(
-        _verdict(f"“{training.name}”", scored, training, results)
-        if training
-        else "Ordinary training was not measured."
+        _verdict(f"“{training.name}”", scored, training, results) if training else "Ordinary training was not measured."
     )
     sentences += _alignment_sentences(results) + _novelty_sentences(results) + _cost_sentences(results)
     return " ".join(sentences)
@@ -152,6 +148,20 @@ def print_table(results: Results) -> str:
     return "\n".join([f"{results.task}: {metric_label(results.metric)}", rule, rendered[0], rule, *rendered[1:], rule])
 
 
+def networks_table(scores: dict[str, Float[Tensor, " n"]]) -> str:
+    """One line for each network, then the means."""
+    values = torch.stack(list(scores.values()), 1)
+    widths = [max(10, len(name)) for name in scores]
+    lines = [("", list(scores))]
+    lines += [(f"network-{i:03d}", [f"{value:.4g}" for value in row]) for i, row in enumerate(values.tolist())]
+    lines += [("mean", [f"{value:.4g}" for value in values.mean(0).tolist()])]
+    return "\n".join(
+        f"{label:11s}"
+        + "".join(f"  {cell.replace('_', ' '):>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for label, cells in lines
+    )
+
+
 def _cells(row: Row, metrics: list[str]) -> list[str]:
     scores = [_plus_minus(row.metrics[name]) if name in row.metrics else "" for name in metrics]
     updates = "" if row.updates is None else f"{row.updates:,}"
@@ -160,6 +170,8 @@ def _cells(row: Row, metrics: list[str]) -> list[str]:
 
 def _plus_minus(interval: Interval) -> str:
     mean, _ = format_interval(interval)
+    if interval.count == 1:
+        return mean
     decimals = len(mean.partition(".")[2])
     return f"{mean} ± {(interval.high - interval.low) / 2:.{decimals}f}"
 
@@ -185,7 +197,7 @@ def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
 
 
 def _alignment_sentences(results: Results) -> list[str]:
-    own = [curve for curve in results.curves if curve_kind(curve) == "generator"]
+    own = [curve for curve in results.curves if curve.kind == "generator"]
     if not own:
         return []
     followed = next((curve for curve in own if "attainable" in curve.name), own[0])  # what the controls were asked
@@ -201,7 +213,7 @@ def _alignment_sentences(results: Results) -> list[str]:
 
 
 def _novelty_sentences(results: Results) -> list[str]:
-    generated = next((n for n in results.novelty if novelty_kind(results, n.name) == "generator"), None)
+    generated = next((n for n in results.novelty if n.kind == "generator"), None)
     if generated is None:
         return []
     ratio = format_number(generated.distance_ratio, 3)

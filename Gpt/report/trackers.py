@@ -279,9 +279,7 @@ def _prompt_chart(curve: PromptCurve, metric: str) -> dict[str, Any]:
     }
 
 
-def _trace_chart(
-    traces: Sequence[Trace], levels: Sequence[Row], metric: str, xname: str, title: str
-) -> dict[str, Any]:
+def _trace_chart(traces: Sequence[Trace], levels: Sequence[Row], metric: str, xname: str, title: str) -> dict[str, Any]:
     """The traces, and each row of the table that has no steps as a horizontal line across them."""
     ends = [min(t.x[0] for t in traces), max(t.x[-1] for t in traces)]
     return {

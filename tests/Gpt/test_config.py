@@ -35,6 +35,7 @@ def test_nested_values_become_dataclasses():
         ({"zzz": 1}, ["'prefix.zzz'", "known: free, inner, name"]),
         ({"inner": {"rate": "fast"}}, ["prefix.inner.rate='fast'", "number"]),
         ({"inner": {"sizes": [1, "b"]}}, ["prefix.inner.sizes.1='b'", "integer"]),
+        ({"inner": {"sizes": 7}}, ["prefix.inner.sizes=7", "write a list, [7]"]),
         ({"inner": 3}, ["prefix.inner=3"]),
         ({"name": None}, ["prefix.name=None", "string"]),
     ],
@@ -43,6 +44,11 @@ def test_wrong_keys_and_values_are_named_with_their_place(values, words):
     with pytest.raises(ConfigError) as caught:
         checked(Outer, values, "prefix.")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_unknown_storage_is_refused_before_a_zoo_is_collected_for_it():
+    with pytest.raises(ConfigError, match=r"zoo\.storage='tape'.*'ram'"):
+        checked(RunConfig, {"zoo": {"storage": "tape"}})
 
 
 def test_nearest_words():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from Gpt.adapters.conditions import hashed_words
+from Gpt.adapters.conditions import HashedWords
 from Gpt.descriptions import HELD_OUT_WORDINGS, SENTENCES, Descriptions, wordings
 from Gpt.masks import all_masks
 from Gpt.vocabulary import WORDINGS
@@ -13,7 +13,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def words() -> Descriptions:
-    return Descriptions("digits", hashed_words)
+    return Descriptions("digits", HashedWords())
 
 
 def test_splits_share_no_wording():
@@ -39,5 +39,5 @@ def test_embeddings_are_those_of_the_sentences_whatever_stands_beside_them(words
     masks = all_masks()[[7, 300, 7]]
     found = words(masks, "test")
     assert found.shape == (3, SENTENCES, 384) and torch.equal(found[0], found[2])
-    assert torch.equal(found[1], hashed_words(words.sentences(masks[1], "test")))
+    assert torch.equal(found[1], HashedWords()(words.sentences(masks[1], "test")))
     assert not torch.equal(found[1], words(masks, "train")[1])

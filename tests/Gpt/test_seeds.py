@@ -17,6 +17,7 @@ def test_seeds_never_change():
 
 def test_every_seed_and_name_counts_in_order():
     names = [(), ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), (1,), (1, 2), (12,), ("", "a"), ("a", "")]
+    names += [("a/b",), ("a", "/b"), ("a/", "b"), ("/a", "b"), ("a/b", ""), ("/",), ("/", ""), ('a", "b/',), ("1/2",)]
     seeds = [derive_seed(seed, *n) for seed, n in itertools.product((0, 1, -1, 2**62), names)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -111,7 +111,7 @@ def test_every_key_has_a_description_of_what_is_expected():
     [
         ({"minimise": True}, r"task 'mine': unknown key 'minimise'; did you mean 'minimize'\?"),
         ({"xyzzy": True}, "task 'mine': unknown key 'xyzzy'; known keys: task_test_fn"),
-        ({"constructor": nn.Linear}, "'mine': constructor must need no arguments, but calling it said:.*in_features"),
+        ({"constructor": nn.Linear}, r"'mine': key 'constructor' failed .*in_features.*; expected a function \(\)"),
         ({"constructor": lambda: 3}, "task 'mine': constructor returned int, expected a torch.nn.Module"),
         ({"constructor": nn.ReLU}, "task 'mine': .*nothing to generate"),
         ({"symmetry": {"fc7.weight": ("h", None)}}, r"task 'mine': symmetry: .*names \['fc7.weight'\]"),
@@ -130,6 +130,9 @@ def test_entries_that_cannot_be_are_refused(change, message):
         ({"task_test_fn": lambda x, y, net: net(x)}, "task 'mine': task_test_fn returned .*expected a number"),
         ({"task_test_fn": lambda x, y, net: None}, "task 'mine': task_test_fn returned None .*expected a number"),
         ({"task_test_fn": lambda x, y, net: float("nan")}, "task 'mine': task_test_fn returned NaN"),
+        ({"task_test_fn": lambda x, net: 0}, r"'mine': key 'task_test_fn' failed .*TypeError.*; expected a function"),
+        ({"constructor": lambda: MLP(5, 3, 1)}, r"key 'task_test_fn' failed in networks\.py, line .*\(20x4 and 5x3\)"),
+        ({"data_fn": lambda: data(0)[7]}, r"'mine': key 'data_fn' failed in test_tasks\.py, line \d+: IndexError"),
     ],
 )
 def test_functions_that_do_not_keep_their_promise_are_found_at_once(registry, change, message):

@@ -1,11 +1,12 @@
 """Adapter populations: runs learn, and nothing but their seed and number decides how."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from data_gen.adapters import initial_adapters, mini_batches, train_adapter_population
+from data_gen.adapters import _groups, initial_adapters, mini_batches, train_adapter_population
 from data_gen.collect import collect, total_iterations
 from data_gen.randomness import run_keys
 from Gpt.adapters.answers import Answers, answer_loss
@@ -65,6 +66,16 @@ def test_runs_of_one_member_differ_in_their_mini_batches_alone():
     assert torch.equal(metrics["test_loss"][0, 0], metrics["test_loss"][1, 0])
 
 
+def test_groups_are_even_and_of_similar_length():
+    task = make_task(adapters_per_forward=3)
+    runs = list(range(7))
+    groups = _groups(task, task.recipe, runs)
+    assert sorted(run for group in groups for run in group) == runs and [len(group) for group in groups] == [2, 2, 3]
+    longest = task.data("train")[1].amax((1, 2))
+    lengths = [[int(longest[i]) for i in task.family.member_of_runs(torch.tensor(group))] for group in groups]
+    assert all(max(a) <= min(b) for a, b in pairwise(lengths))
+
+
 def test_the_first_step_is_adamws_by_hand():
     task = make_task(weight_decay=0.1)
     weights, _ = train_adapter_population(task, task.recipe, [3], 0, [0, 1], "cpu")
@@ -110,8 +121,6 @@ def test_a_zoo_of_adapters_is_collected_and_joined_again(tmp_path):
     for _ in range(2):  # the second time finds the manifest that the first one wrote
         collect(task, tmp_path, runs=6, snapshots=2, spacing="tail", shard_runs=4, progress=False)
     family = task.family
-    zoo = Zoo.open(
-        tmp_path, task.structure, test_runs=family.test_runs, validation_runs=family.validation_runs
-    )
+    zoo = Zoo.open(tmp_path, task.structure, test_runs=family.test_runs, validation_runs=family.validation_runs)
     assert zoo.runs == 6 and zoo.iterations == [3, 4]
     assert [len(zoo.split(name)) for name in ("test", "validation", "train")] == [3, 1, 2]

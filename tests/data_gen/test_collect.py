@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,48 +14,45 @@ from torch import nn
 from data_gen import collect as collecting
 from data_gen.collect import claim, collect, snapshot_schedule, total_iterations, train_population
 from Gpt.data import shards
+from Gpt.data.views import split_by_snapshot
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, TaskError, ZooError
 from Gpt.evaluation.population import test_population as measure
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP, CartPoleActor
 from Gpt.recipes import PpoRecipe, SingleRecipe, SupervisedRecipe
-from Gpt.scoring import classification_loss, mask_error
+from Gpt.scoring import mask_error
 from Gpt.tasks import TASK_METADATA, Task
 
 
-def examples(seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (48,), generator=generator)
-    return torch.randn(48, 6, generator=generator) + labels[:, None], labels
-
-
-def make_task(**fields):
-    defaults = dict(
-        name="toy",
-        task_test_fn=classification_loss,
-        constructor=lambda: MLP(6, 5, 3),
-        data_fn=lambda: examples(1),
-        validation_data_fn=lambda: examples(2),
-        train_data_fn=lambda: examples(0),
-        minimize=True,
-        best_prompt=0.0,
-        recursive_prompt=0.0,
-        metric="loss",
-        batched=True,
-        recipe=SupervisedRecipe(epochs=2, batch_size=8),
-    )
-    return Task(**defaults | fields)
+def mlp():
+    return MLP(6, 5, 3)
 
 
 @pytest.fixture
-def task():
-    return make_task()
+def make_task(noise_task):
+    recipe = SupervisedRecipe(epochs=2, batch_size=8)
+    return partial(noise_task, train=48, validation=48, test=48, recipe=recipe)
+
+
+@pytest.fixture
+def task(make_task):
+    return make_task(mlp)
 
 
 def gather(task, folder, runs=7, **options):
     collect(task, folder, **dict(runs=runs, snapshots=4, shard_runs=3, progress=False) | options)
     return Zoo.open(folder, task.structure)
+
+
+def hooked(call):
+    """`train_population`, after a call with the run ids."""
+
+    def train(task, run_ids, *args, **options):
+        call(run_ids)
+        return train_population(task, run_ids, *args, **options)
+
+    return train
 
 
 @pytest.mark.parametrize(("iterations", "snapshots", "expected"), [(9, 3, [7, 8, 9]), (9, 1, [9]), (3, 3, [1, 2, 3])])
@@ -66,9 +65,9 @@ def test_a_tail_is_no_longer_than_the_run():
         snapshot_schedule(9, 10, "tail")
 
 
-def test_a_zoo_of_single_runs_keeps_the_tail_after_the_epochs(tmp_path):
+def test_a_zoo_of_single_runs_keeps_the_tail_after_the_epochs(make_task, tmp_path):
     recipe = SingleRecipe(epochs=2, batch_size=8, augmentation="none", tail_iterations=5)
-    zoo = gather(make_task(recipe=recipe), tmp_path, runs=2, snapshots=4, spacing="tail")
+    zoo = gather(make_task(mlp, recipe=recipe), tmp_path, runs=2, snapshots=4, spacing="tail")
     assert zoo.iterations == [14, 15, 16, 17]  # 48 examples: 6 iterations an epoch
     assert zoo.metrics.keys() == {"validation_loss", "validation_error", "test_loss", "test_error"}
 
@@ -128,12 +127,7 @@ def test_smaller_populations_make_the_same_zoo(task, tmp_path):
 def test_finished_shards_are_kept_and_a_zoo_can_grow(task, tmp_path, monkeypatch):
     gather(task, tmp_path, runs=4)
     trained = []
-    original = collecting.train_population
-    monkeypatch.setattr(
-        collecting,
-        "train_population",
-        lambda task, run_ids, *args, **options: trained.extend(run_ids) or original(task, run_ids, *args, **options),
-    )
+    monkeypatch.setattr(collecting, "train_population", hooked(trained.extend))
     assert gather(task, tmp_path, runs=4).runs == 4
     assert trained == []
     assert gather(task, tmp_path, runs=8).runs == 8
@@ -141,22 +135,113 @@ def test_finished_shards_are_kept_and_a_zoo_can_grow(task, tmp_path, monkeypatch
     assert gather(task, tmp_path, runs=2).runs == 8
 
 
-def test_an_interrupted_collection_continues(task, tmp_path, monkeypatch):
-    original = shards.write_shard
+@pytest.mark.parametrize("storage", ["ram", "disk"])
+def test_a_zoo_is_its_first_runs_whatever_else_is_stored(task, tmp_path, storage):
+    whole = gather(task, tmp_path, runs=8)
+    part = Zoo.open(tmp_path, task.structure, storage=storage, runs=5, test_runs=2)
+    assert part.run_ids.tolist() == list(range(5)) and part.split("train").tolist() == [2, 3, 4]
+    every = torch.cartesian_prod(torch.arange(5), torch.arange(4)).T
+    assert torch.equal(part.read(*every), whole.read(*every))
+    assert all(torch.equal(part.metrics[name], values[:5]) for name, values in whole.metrics.items())
+    assert 0 < part.seconds < whole.seconds
+    with pytest.raises(IndexError):
+        part.read(torch.tensor([5]), torch.tensor([0]))
 
-    def interrupted(folder, manifest, index, *rest):
-        if index == 1:
-            (folder / ".shard-00001.safetensors.123").write_bytes(b"half a file")
+
+def test_an_interrupted_collection_keeps_what_is_being_written_and_continues(task, tmp_path, monkeypatch):
+    interrupted, original = threading.Event(), shards.write_shard
+
+    def slow_disk(*args, **options):
+        assert interrupted.wait(30)
+        return original(*args, **options)
+
+    def interrupt(run_ids):
+        if run_ids[0] == 3:
+            (tmp_path / ".shard-00001.safetensors.123").write_bytes(b"half a file")
+            assert shards.finished_shards(tmp_path) == []
+            interrupted.set()
             raise KeyboardInterrupt
-        return original(folder, manifest, index, *rest)
 
-    monkeypatch.setattr(shards, "write_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write_shard", slow_disk)
+        patch.setattr(collecting, "train_population", hooked(interrupt))
         gather(task, tmp_path)
-    monkeypatch.setattr(shards, "write_shard", original)
     assert shards.finished_shards(tmp_path) == [0]
+    assert not list(tmp_path.glob("*.lock"))
     assert gather(task, tmp_path).runs == 7
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.lock"))
+
+
+def test_shards_are_trained_while_others_are_written_and_claimed_until_they_are(task, tmp_path, monkeypatch):
+    reached, original = threading.Event(), shards.write_shard
+
+    def slow_disk(folder, manifest, index, *args, **options):
+        if index == 0:
+            assert reached.wait(30)  # the third shard's training
+            with claim(tmp_path, 0) as claimed:
+                assert not claimed
+        return original(folder, manifest, index, *args, **options)
+
+    monkeypatch.setattr(shards, "write_shard", slow_disk)
+    monkeypatch.setattr(collecting, "train_population", hooked(lambda ids: reached.set() if ids[0] == 6 else None))
+    zoo = gather(task, tmp_path)
+    assert zoo.run_ids.tolist() == list(range(7))
+    zoo.verify()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_networks_leave_the_gpu_whole_though_it_goes_on_at_once(task, tmp_path, monkeypatch):
+    def value(runs):
+        return torch.tensor(runs)[:, None, None] / 10 + torch.arange(4)[:, None] / 100
+
+    def train(task, run_ids, seed, iterations, device, progress):
+        busy = torch.randn(2048, 2048, device=device)
+        for _ in range(50):  # the caller is far ahead of the GPU
+            busy = busy @ busy / 50
+        weights = value(run_ids).to(device) + 0 * busy[0, 0].nan_to_num() + torch.zeros(task.structure.size).to(device)
+        return weights, {"validation_loss": weights[..., 0].clone()}
+
+    monkeypatch.setattr(collecting, "train_population", train)
+    monkeypatch.setattr(collecting, "PINNED_BYTES", 2**11)  # three runs in two pieces
+    zoo = gather(task, tmp_path, runs=60, shard_runs=6, population=3, device="cuda")
+    every = torch.cartesian_prod(torch.arange(60), torch.arange(4)).T
+    expected = value(range(60)).expand(-1, -1, task.structure.size)
+    torch.testing.assert_close(zoo.read(*every), expected.flatten(0, 1))
+    torch.testing.assert_close(zoo.metrics["validation_loss"], expected[..., 0])
+    zoo.verify()
+
+
+def test_a_disk_that_is_full_ends_the_training_of_the_next_shard(task, tmp_path, monkeypatch):
+    full, trained = threading.Event(), []
+
+    def no_space(descriptor):
+        if (tmp_path / "manifest.json").exists():
+            full.set()
+            raise OSError(28, "No space left on device")
+
+    def wait_for_the_disk(run_ids):
+        trained.append(run_ids[0])
+        assert run_ids[0] == 0 or full.wait(30)
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(collecting, "train_population", hooked(wait_for_the_disk))
+    with pytest.raises(ZooError, match="no space left for .*shard-00000.safetensors"):
+        gather(task, tmp_path, runs=30)
+    assert len(trained) <= 3  # of ten shards
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_seconds_of_a_zoo_add_up_over_sessions(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "train_population", hooked(lambda run_ids: time.sleep(0.05)))
+    first = gather(task, tmp_path, runs=6).seconds
+    assert first >= 0.1
+    assert gather(task, tmp_path, runs=6).seconds == first  # nothing was left to do
+    grown = gather(task, tmp_path, runs=12)
+    assert grown.seconds >= first + 0.1
+    assert split_by_snapshot(grown, 2, 2).seconds == grown.seconds
+    index = shards.shard_files(tmp_path, 3)["index"]  # as written before seconds were
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "seconds"}))
+    assert first < Zoo.open(tmp_path, task.structure).seconds < grown.seconds
 
 
 def test_other_settings_are_refused(task, tmp_path):
@@ -165,8 +250,8 @@ def test_other_settings_are_refused(task, tmp_path):
         gather(task, tmp_path, seed=1)
 
 
-def test_exploding_runs_are_dropped(tmp_path):
-    task = make_task(recipe=SupervisedRecipe(epochs=2, batch_size=8, learning_rate=1e6))
+def test_exploding_runs_are_dropped(make_task, tmp_path):
+    task = make_task(mlp, recipe=SupervisedRecipe(epochs=2, batch_size=8, learning_rate=1e6))
     with pytest.raises(ZooError, match="none for the train split"):
         gather(task, tmp_path).split("train")
 
@@ -174,17 +259,13 @@ def test_exploding_runs_are_dropped(tmp_path):
 def test_two_workers_share_the_work(task, tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "WAIT_SECONDS", 0.01)
     trained, barrier = [], threading.Barrier(2)
-    original = collecting.train_population
 
-    def train(task, run_ids, *args, **options):
-        if len(trained) < 2:
-            trained.append(run_ids[0])
+    def note(run_ids):
+        trained.append(run_ids[0])
+        if run_ids[0] in (0, 3):
             barrier.wait(30)  # both workers are at work at the same time
-        else:
-            trained.append(run_ids[0])
-        return original(task, run_ids, *args, **options)
 
-    monkeypatch.setattr(collecting, "train_population", train)
+    monkeypatch.setattr(collecting, "train_population", hooked(note))
     task.structure, task.data("train"), task.data("validation"), task.data("test")
     workers = [threading.Thread(target=gather, args=(task, tmp_path, 12)) for _ in range(2)]
     for worker in workers:
@@ -250,14 +331,14 @@ def test_impossible_sizes_are_named(task, tmp_path, setting):
         gather(task, tmp_path, **{setting: -1})
 
 
-def test_a_task_without_recipe_is_named(tmp_path):
+def test_a_task_without_recipe_is_named(make_task, tmp_path):
     with pytest.raises(TaskError, match="'toy' has no recipe"):
-        gather(make_task(recipe=None), tmp_path)
+        gather(make_task(mlp, recipe=None), tmp_path)
 
 
-def test_a_family_is_collected_on_its_masks_and_keeps_apart_from_other_splits(tmp_path):
+def test_a_family_is_collected_on_its_masks_and_keeps_apart_from_other_splits(make_task, tmp_path):
     family = MaskSplit(held_out=2, validation=1)
-    task = make_task(task_test_fn=mask_error, constructor=lambda: nn.Linear(6, 2), metric="error", family=family)
+    task = make_task(lambda: nn.Linear(6, 2), task_test_fn=mask_error, metric="error", family=family)
     zoo = gather(task, tmp_path)
     masks = family.mask_of_runs(torch.arange(7))
     final = zoo.read(torch.arange(7), torch.full((7,), 3))

@@ -25,8 +25,20 @@ def fresh(task):
     return collect_in_memory(task, **SETTINGS, test_runs=1, validation_runs=2, progress=False)
 
 
-def stream_of(task, zoo, every=10, population=2, **settings) -> Stream:
-    return Stream(zoo, lambda ids: train_population(task, ids, 1, zoo.iterations, "cpu"), every, population, **settings)
+@pytest.fixture
+def stream_of(task, tmp_path):
+    """A stream of two runs every ten steps, and the run ids that it trains."""
+
+    def make(zoo, every=10, population=2):
+        trained = []
+
+        def train(ids):
+            trained.append(ids)
+            return train_population(task, ids, 1, zoo.iterations, "cpu")
+
+        return Stream(zoo, train, every, population, tmp_path / "former"), trained
+
+    return make
 
 
 def everything(zoo: Zoo) -> torch.Tensor:
@@ -54,9 +66,9 @@ def test_exploded_runs_are_dropped_and_counted(task, fresh):
     assert zoo.run_ids.tolist() == kept.tolist()
 
 
-def test_a_stream_replaces_the_oldest_training_runs_and_nothing_else(task):
+def test_a_stream_replaces_the_oldest_training_runs_and_nothing_else(task, stream_of):
     zoo = collect_in_memory(task, **SETTINGS, test_runs=1, validation_runs=2, progress=False)
-    before, stream = everything(zoo), stream_of(task, zoo)
+    before, (stream, _) = everything(zoo), stream_of(zoo)
     expected, metrics = train_population(task, list(range(7, 13)), 1, zoo.iterations, "cpu")
     stream(9)
     assert torch.equal(everything(zoo), before)
@@ -73,23 +85,39 @@ def test_a_stream_replaces_the_oldest_training_runs_and_nothing_else(task):
     assert zoo.split("train").tolist() == [3, 4, 5, 6]
 
 
-def test_a_resumed_stream_trains_what_the_zoo_held_and_no_more(task):
+def test_a_resumed_stream_trains_what_the_zoo_held_and_no_more(task, stream_of):
     whole, late = (collect_in_memory(task, **SETTINGS, validation_runs=3, progress=False) for _ in range(2))
-    stream = stream_of(task, whole)
+    stream, _ = stream_of(whole)
     for step in range(0, 75, 5):
         stream(step)
-    trained = []
-
-    def counted(run_ids):
-        trained.append(run_ids)
-        return train_population(task, run_ids, 1, late.iterations, "cpu")
-
-    Stream(late, counted, 10, 2)(70)
+    resumed, trained = stream_of(late)
+    resumed(70)
     assert torch.equal(everything(late), everything(whole))
     assert trained == [[17, 18], [19, 20]]
 
 
-def test_a_dropped_run_of_a_stream_is_replaced_by_a_sound_one(task):
+def test_every_run_that_gave_way_is_known_in_the_end_whatever_happened_in_between(task, stream_of, tmp_path):
+    zoos = [collect_in_memory(task, **SETTINGS, validation_runs=3, progress=False) for _ in range(3)]
+    drawn = train_population(task, list(range(3, 15)), 1, zoos[0].iterations, "cpu")[0][:, -1]
+    stream, _ = stream_of(zoos[0])
+    stream.finish(10)  # the first replacement belongs to step 10, the eleventh
+    assert zoos[0].former.shape == (0, task.structure.size)
+    stream.finish(11)
+    assert torch.equal(zoos[0].former, drawn[:2])
+    stream.finish(45)
+    assert zoos[0].run_ids.tolist() == [0, 1, 2, 11, 12, 13, 14]
+    torch.testing.assert_close(zoos[0].former, drawn[:8], atol=1e-5, rtol=1e-4)
+    resumed, trained = stream_of(zoos[1])
+    resumed.finish(45)
+    assert torch.equal(zoos[1].former, zoos[0].former) and len(trained) == 2
+    (tmp_path / "former" / "000001.safetensors").unlink()
+    forgetful, trained = stream_of(zoos[2])
+    forgetful.finish(45)
+    assert torch.equal(zoos[2].former, zoos[0].former) and trained[-1] == [7, 8]
+    assert not list((tmp_path / "former").glob("*.part"))
+
+
+def test_a_dropped_run_of_a_stream_is_replaced_by_a_sound_one(task, tmp_path):
     zoo = collect_in_memory(task, **SETTINGS, validation_runs=3, progress=False)
 
     def exploding(run_ids):
@@ -97,14 +125,14 @@ def test_a_dropped_run_of_a_stream_is_replaced_by_a_sound_one(task):
         weights[0] = torch.inf
         return weights, metrics
 
-    Stream(zoo, exploding, 10, 2)(10)
+    Stream(zoo, exploding, 10, 2, tmp_path)(10)
     assert everything(zoo).isfinite().all()
     assert zoo.run_ids.tolist() == [0, 1, 2, 8, 8, 5, 6]
 
 
-def test_what_does_not_fit_is_named(task, fresh, tmp_path):
+def test_what_does_not_fit_is_named(task, fresh, stream_of, tmp_path):
     with pytest.raises(ConfigError, match="4 runs, fewer than zoo.population=5"):
-        stream_of(task, fresh, population=5)
+        stream_of(fresh, population=5)
     with pytest.raises(ConfigError, match="population is 0"):
         collect_in_memory(task, runs=2, snapshots=2, population=0)
     with pytest.raises(ConfigError, match="dtype 'int8'"):

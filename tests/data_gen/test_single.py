@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,16 +19,9 @@ from Gpt.population import stack_initial
 from Gpt.recipes import SingleRecipe
 from Gpt.scoring import classification_error
 from Gpt.seeds import derive_seed, rng
-from Gpt.tasks import Task
 
 RECIPE = SingleRecipe(epochs=3, batch_size=8, learning_rate=0.05, augmentation="none")
 CPU = torch.device("cpu")
-
-
-def images(count, seed, shape=(3, 8, 8)):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (count,), generator=generator)
-    return torch.randn(count, *shape, generator=generator) + labels.view(-1, *[1] * len(shape)), labels
 
 
 class Normalised(nn.Module):
@@ -42,22 +36,11 @@ class Normalised(nn.Module):
         return self.fc(self.dropout(F.relu(self.norm(self.conv(x))).mean((2, 3))))
 
 
-def task_of(constructor=Normalised, **fields):
-    sets = {"train": images(52, 0), "validation": images(30, 1), "test": images(40, 2)}
-    defaults = dict(
-        name="toy",
-        task_test_fn=classification_error,
-        constructor=constructor,
-        data_fn=lambda: sets["test"],
-        validation_data_fn=lambda: sets["validation"],
-        train_data_fn=lambda: sets["train"],
-        minimize=True,
-        best_prompt=0.0,
-        recursive_prompt=0.0,
-        metric="error",
-        recipe=RECIPE,
-    )
-    return Task(**defaults | fields)
+@pytest.fixture
+def task_of(noise_task):
+    sizes = {"train": 52, "validation": 30, "test": 40}
+    fields = {"task_test_fn": classification_error, "metric": "error", "batched": False, "recipe": RECIPE}
+    return partial(noise_task, constructor=Normalised, shape=(3, 8, 8), **sizes, **fields)
 
 
 def by_hand(task, recipe, run_id, iterations):
@@ -94,7 +77,7 @@ def by_hand(task, recipe, run_id, iterations):
         dict(warmup=0.0, augmentation="flip_crop", cutout=3),
     ],
 )
-def test_a_run_is_what_torch_optim_gives(changes):
+def test_a_run_is_what_torch_optim_gives(task_of, changes):
     task, recipe = task_of(), replace(RECIPE, **changes)
     total = single.total_iterations_of(task, recipe)
     weights, _ = single.train_one_by_one(task, recipe, [4], 0, [0, 7, total], "cpu")
@@ -102,8 +85,8 @@ def test_a_run_is_what_torch_optim_gives(changes):
         torch.testing.assert_close(weights[0, snapshot], by_hand(task, recipe, 4, iterations), atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_does_not_depend_on_its_company_nor_on_the_global_random_state():
-    task = task_of(lambda: Normalised(dropout=0.5))
+def test_a_run_does_not_depend_on_its_company_nor_on_the_global_random_state(task_of):
+    task = task_of(constructor=lambda: Normalised(dropout=0.5))
     together, _ = single.train_one_by_one(task, RECIPE, [0, 3], 0, [5, 18], "cpu")
     torch.manual_seed(12345)
     state = torch.get_rng_state()
@@ -113,8 +96,8 @@ def test_a_run_does_not_depend_on_its_company_nor_on_the_global_random_state():
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_metrics_are_those_of_the_stored_networks_and_training_lowers_them():
-    task, calls = task_of(lambda: MLP(192, 8, 3)), []
+def test_metrics_are_those_of_the_stored_networks_and_training_lowers_them(task_of):
+    task, calls = task_of(constructor=lambda: MLP(192, 8, 3)), []
     recipe = replace(RECIPE, learning_rate=0.01, epochs=15)
     weights, metrics = single.train_one_by_one(task, recipe, [0, 1], 0, [0, 9, 90], "cpu", progress=calls.append)
     assert calls == [3, 3]
@@ -124,7 +107,7 @@ def test_metrics_are_those_of_the_stored_networks_and_training_lowers_them():
     assert metrics["test_error"][:, -1].mean() < metrics["test_error"][:, 0].mean() - 20
 
 
-def test_a_shared_initialisation_leaves_the_mini_batches_apart():
+def test_a_shared_initialisation_leaves_the_mini_batches_apart(task_of):
     recipe = replace(RECIPE, shared_init=True)
     weights, _ = single.train_one_by_one(task_of(), recipe, [5, 6], 0, [0, 1], "cpu")
     assert torch.equal(weights[0, 0], weights[1, 0])
@@ -141,7 +124,7 @@ def test_the_learning_rate_rises_falls_and_stays():
     assert math.isclose(single.learning_rate(replace(recipe, schedule="constant"), 99, 100), 0.4)
 
 
-def test_an_epoch_shows_every_example_at_most_once():
+def test_an_epoch_shows_every_example_at_most_once(task_of):
     task = task_of()
     batches = single.mini_batches(task, RECIPE, 0, 0, CPU)
     data = task.data("train")[0].flatten(1)
@@ -164,13 +147,13 @@ def test_cutout_blanks_squares_that_may_reach_over_the_border():
     ("changes", "message"),
     [({"optimizer": "lion"}, "optimizer is 'lion'"), ({"schedule": "step"}, "schedule is 'step'")],
 )
-def test_unknown_settings_are_named(changes, message):
+def test_unknown_settings_are_named(task_of, changes, message):
     with pytest.raises(ConfigError, match=message):
         single.train_one_by_one(task_of(), replace(RECIPE, **changes), [0], 0, [0], "cpu")
 
 
-def test_vectors_cannot_be_cropped_and_families_are_trained_as_populations():
-    flat = task_of(lambda: MLP(6, 4, 3), train_data_fn=lambda: images(40, 0, (6,)))
+def test_vectors_cannot_be_cropped_and_families_are_trained_as_populations(task_of):
+    flat = task_of(constructor=lambda: MLP(6, 4, 3), shape=(6,))
     with pytest.raises(TaskError, match="augmentation='none'"):
         single.train_one_by_one(flat, replace(RECIPE, cutout=2), [0], 0, [1], "cpu")
     with pytest.raises(TaskError, match="family"):
@@ -178,7 +161,7 @@ def test_vectors_cannot_be_cropped_and_families_are_trained_as_populations():
         single.train_one_by_one(task_of(family=family), RECIPE, [0], 0, [1], "cpu")
 
 
-def test_the_template_of_the_task_is_left_alone():
+def test_the_template_of_the_task_is_left_alone(task_of):
     task = task_of()
     before = copy.deepcopy(task.template.state_dict())
     single.train_one_by_one(task, RECIPE, [0], 0, [3], "cpu")

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,35 +15,13 @@ from Gpt.masks import MaskSplit, label_map
 from Gpt.networks import MLP, ConvNet
 from Gpt.recipes import SupervisedRecipe
 from Gpt.scoring import classification_loss, mask_error
-from Gpt.tasks import Task
 
 RECIPE = SupervisedRecipe(epochs=3, batch_size=8, learning_rate=0.05)
 
 
-def images(count, shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (count,), generator=generator)
-    return torch.randn(count, *shape, generator=generator) + labels.view(-1, *[1] * len(shape)), labels
-
-
-def task_of(constructor, shape=(6,), train=100, **fields):
-    sizes = {"train": train, "validation": 40, "test": 50}
-    sets = {name: images(size, shape, seed) for seed, (name, size) in enumerate(sizes.items())}
-    defaults = dict(
-        name="toy",
-        task_test_fn=classification_loss,
-        constructor=constructor,
-        data_fn=lambda: sets["test"],
-        validation_data_fn=lambda: sets["validation"],
-        train_data_fn=lambda: sets["train"],
-        minimize=True,
-        best_prompt=0.0,
-        recursive_prompt=0.0,
-        metric="loss",
-        batched=True,
-        recipe=RECIPE,
-    )
-    return Task(**defaults | fields)
+@pytest.fixture
+def task_of(noise_task):
+    return partial(noise_task, recipe=RECIPE)
 
 
 def mlp():
@@ -116,7 +95,7 @@ def train_one_by_torch_optim(task, recipe, run_id, steps, label_map=None):
         dict(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
     ],
 )
-def test_a_run_is_what_torch_optim_gives(changes):
+def test_a_run_is_what_torch_optim_gives(task_of, changes):
     task, recipe = task_of(mlp), dataclasses.replace(RECIPE, **changes)
     weights, _ = train(task, [4, 9], [0, 30], recipe)
     for row, run_id in enumerate([4, 9]):
@@ -125,14 +104,14 @@ def test_a_run_is_what_torch_optim_gives(changes):
 
 
 @pytest.mark.parametrize("constructor, shape", [(Normalized, (6,)), (Tied, (6,)), (small_conv, (3, 8, 8))])
-def test_any_constructor_trains_as_by_an_ordinary_loop(constructor, shape):
+def test_any_constructor_trains_as_by_an_ordinary_loop(task_of, constructor, shape):
     task = task_of(constructor, shape)
     weights, _ = train(task, [1, 2], [0, 20])
     torch.testing.assert_close(weights[1, 1], train_one_by_torch_optim(task, RECIPE, 2, 20), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("constructor", [mlp, Tied])
-def test_training_in_bfloat16_keeps_float32_weights_and_stays_near(monkeypatch, constructor):
+def test_training_in_bfloat16_keeps_float32_weights_and_stays_near(task_of, monkeypatch, constructor):
     task = task_of(constructor)
     exact, exact_metrics = train(task, [1, 2], [0, 20])
     monkeypatch.setattr(vision, "training_precision", lambda template, device: torch.bfloat16)
@@ -145,7 +124,7 @@ def test_training_in_bfloat16_keeps_float32_weights_and_stays_near(monkeypatch, 
     torch.testing.assert_close(metrics["test_loss"], exact_metrics["test_loss"], rtol=0.02, atol=0)
 
 
-def test_a_run_does_not_depend_on_its_company():
+def test_a_run_does_not_depend_on_its_company(task_of):
     task = task_of(small_conv, (3, 8, 8))
     recipe = dataclasses.replace(RECIPE, augmentation="flip_crop")
     together, metrics = train(task, range(6), recipe=recipe)
@@ -154,7 +133,7 @@ def test_a_run_does_not_depend_on_its_company():
     torch.testing.assert_close(alone_metrics["test_loss"][0], metrics["test_loss"][4], atol=1e-4, rtol=1e-4)
 
 
-def test_runs_and_seeds_differ():
+def test_runs_and_seeds_differ(task_of):
     task = task_of(mlp)
     weights, _ = train(task)
     assert (weights[0] - weights[1]).abs().amax(-1).min() > 0.01
@@ -162,7 +141,7 @@ def test_runs_and_seeds_differ():
     assert (other[0, 0] - weights[0, 0]).abs().max() > 0.01
 
 
-def test_an_epoch_shows_every_example_at_most_once_and_drops_the_remainder():
+def test_an_epoch_shows_every_example_at_most_once_and_drops_the_remainder(task_of):
     task = task_of(mlp, train=99)
     step = vision.TrainingStep(task, RECIPE, torch.device("cpu"))
     state = step.initial_state([0, 1], 0)
@@ -177,7 +156,7 @@ def test_an_epoch_shows_every_example_at_most_once_and_drops_the_remainder():
     assert all(len(torch.unique(row)) == 96 for row in seen)
 
 
-def test_metrics_are_those_of_the_test_function():
+def test_metrics_are_those_of_the_test_function(task_of):
     task = task_of(mlp, train=2100)
     weights, metrics = train(task)
     assert metrics["test_loss"].shape == (3, 3)
@@ -190,7 +169,7 @@ def test_metrics_are_those_of_the_test_function():
         torch.testing.assert_close(metrics[f"{split}_error"][2, 1], error)
 
 
-def test_measuring_in_pieces_changes_nothing(monkeypatch):
+def test_measuring_in_pieces_changes_nothing(task_of, monkeypatch):
     task = task_of(mlp)
     weights = task.structure.flatten(mlp().state_dict()).detach() + 0.3 * torch.randn(
         7, task.structure.size, generator=torch.Generator().manual_seed(0)
@@ -201,7 +180,7 @@ def test_measuring_in_pieces_changes_nothing(monkeypatch):
         torch.testing.assert_close(values, whole[name])
 
 
-def test_a_task_with_its_own_test_function_gets_its_own_columns():
+def test_a_task_with_its_own_test_function_gets_its_own_columns(task_of):
     def margin(x, y, net):
         return net(x).gather(1, y[:, None]).mean()
 
@@ -212,7 +191,7 @@ def test_a_task_with_its_own_test_function_gets_its_own_columns():
     torch.testing.assert_close(metrics["test_metric"][1, 2], logits.gather(1, task.data("test")[1][:, None]).mean())
 
 
-def test_label_maps_train_and_measure_each_run_on_its_own_labels():
+def test_label_maps_train_and_measure_each_run_on_its_own_labels(task_of):
     task = task_of(mlp, train=400)
     label_map = torch.tensor([[0, 1, 2], [2, 0, 1]])
     recipe = dataclasses.replace(RECIPE, epochs=6)
@@ -238,25 +217,25 @@ def test_flip_crop_is_a_shifted_or_mirrored_copy_and_all_offsets_occur():
     assert matches.any(0).all()
 
 
-def test_progress_counts_snapshots():
+def test_progress_counts_snapshots(task_of):
     counts = []
     train(task_of(mlp), progress=counts.append)
     assert counts == [3, 3, 3]
 
 
-def test_global_random_state_is_untouched():
+def test_global_random_state_is_untouched(task_of):
     before = torch.get_rng_state()
     train(task_of(mlp))
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("field", ["optimizer", "schedule", "augmentation"])
-def test_unknown_recipe_values_are_named(field):
+def test_unknown_recipe_values_are_named(task_of, field):
     with pytest.raises(ConfigError, match=f"{field} is 'lion'"):
         train(task_of(mlp), recipe=dataclasses.replace(RECIPE, **{field: "lion"}))
 
 
-def test_unusable_data_and_networks_are_named():
+def test_unusable_data_and_networks_are_named(task_of):
     with pytest.raises(DataError, match="5 examples, fewer than one mini-batch of 8"):
         train(task_of(mlp, train=5))
     with pytest.raises(TaskError, match="train_data_fn to return"):
@@ -267,7 +246,7 @@ def test_unusable_data_and_networks_are_named():
         train(task_of(lambda: nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))))
 
 
-def test_a_shared_initialisation_is_that_of_run_0_and_leaves_the_mini_batches_alone():
+def test_a_shared_initialisation_is_that_of_run_0_and_leaves_the_mini_batches_alone(task_of):
     task, shared = task_of(mlp), dataclasses.replace(RECIPE, shared_init=True)
     own, _ = train(task)
     one, _ = train(task, recipe=shared)
@@ -278,19 +257,15 @@ def test_a_shared_initialisation_is_that_of_run_0_and_leaves_the_mini_batches_al
     torch.testing.assert_close(alone[0], one[2], atol=1e-5, rtol=1e-4)
 
 
-def mask_task(**fields):
-    """Three of the ten classes occur; the masks of other classes are constant tasks."""
-    family = MaskSplit(held_out=2, validation=1)
-    return task_of(lambda: MLP(6, 5, 2), task_test_fn=mask_error, metric="error", family=family, **fields)
-
-
 def own_error(x, y, mask, net):
     return mask_error(x, y, mask, net)
 
 
 @pytest.mark.parametrize("own_test", [False, True])
-def test_runs_of_a_family_are_measured_on_their_own_masks(own_test):
-    task, masks = mask_task(), torch.eye(10, dtype=torch.bool)[:3]
+def test_runs_of_a_family_are_measured_on_their_own_masks(task_of, own_test):
+    """Three of the ten classes occur; the masks of other classes are constant tasks."""
+    family, masks = MaskSplit(held_out=2, validation=1), torch.eye(10, dtype=torch.bool)[:3]
+    task = task_of(lambda: MLP(6, 5, 2), task_test_fn=mask_error, metric="error", family=family)
     variant = dataclasses.replace(task, task_test_fn=own_error) if own_test else task
     weights, metrics = train(variant, label_map=label_map(masks))
     for column in ("validation_error", "validation_loss", "test_error", "test_loss"):

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from Gpt.adapters.answers import answer_loss
 from Gpt.adapters.base import load_base
+from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.forward import adapted_logits
 from Gpt.adapters.spec import AdapterModule, AdapterSpec, adapter_structure
 from Gpt.catalogue.adapters import TASKS, adapter_entry
@@ -35,6 +36,7 @@ KINDS = {
     "published": (HyperConvGenerator, HyperConvConfig(prompts=4, grids=((8, 4, 64),))),
     "plain": (HyperConvGenerator, HyperConvConfig(blocks="plain", prompts=4)),
 }
+TOKENS = 6  # states of a prompt
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +70,12 @@ def sampler(zoo, task, **options):
     return AdapterBatchSampler(zoo, task, "train", BatchConfig(), prompts=4, examples=4, **options)
 
 
+@pytest.mark.parametrize("tokens", [0, TOKENS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_are_a_function_of_the_prompts(zoo, task, kind):
-    generator = build(task, kind)
+def test_adapters_are_a_function_of_the_prompts(zoo, task, kind, tokens):
+    """Of pooled sentences, or of token states as an image whose rows are a prompt's tokens."""
+    task = dataclasses.replace(task, family=dataclasses.replace(task.family, tokens=tokens))
+    generator = build(task, kind, **({"length": TOKENS} if kind == "published" and tokens else {}))
     batch = sampler(zoo, task)(3, rng("cpu", 0))
     generator.fit(batch)
     for head in getattr(generator.decoder, "heads", []):
@@ -78,9 +83,11 @@ def test_adapters_are_a_function_of_the_prompts(zoo, task, kind):
     written = generator.sample(batch.prompt, seed=0)
     assert written.shape == (3, task.structure.size)
     assert torch.equal(written, generator.sample(batch.prompt, seed=1))
-    single = generator.sample({"text": batch.prompt["text"][1:2]})
+    single = generator.sample({name: value[1:2] for name, value in batch.prompt.items()})
     torch.testing.assert_close(single, written[1:2], rtol=1e-4, atol=1e-5)
     assert (written[0] - written[1]).abs().max() > 1e-6
+    generator.loss(batch, rng("cpu", 0)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.decoder.parameters())
     assert generator.sample({}, count=2).shape == (2, task.structure.size)
 
 
@@ -133,11 +140,12 @@ def test_losses_are_what_they_are_called(zoo, task):
 
     generator, mse = loss(mse=1.0)
     target = (batch.target - generator.fresh) / generator.unit
-    error = generator.decode(batch.prompt["text"]) - target
+    prompts = PromptStates(batch.prompt["text"], batch.prompt["text_mask"])
+    error = generator.decode(prompts) - target
     torch.testing.assert_close(mse, error.square().mean())
     torch.testing.assert_close(loss(mse=0.0, l1=1.0)[1], error.abs().mean())
     sft = loss(mse=0.0, sft=1.0)[1]
-    adapters = generator(batch.prompt["text"])
+    adapters = generator(prompts)
     torch.testing.assert_close(sft, answer_loss(batch.base, batch.spec, adapters, batch.answers).mean())
     torch.testing.assert_close(loss(mse=2.0, l1=3.0, sft=0.5)[1], 2 * mse + 3 * error.abs().mean() + 0.5 * sft)
     torch.testing.assert_close(target.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
@@ -237,8 +245,12 @@ def test_what_does_not_fit_is_told(zoo, task):
     generator = build(task, "query")
     with pytest.raises(ConfigError, match="text"):
         QueryGenerator(task.structure, Conditions({"class_mask": 10}, 8, 0.0), FlowMatching(), QueryConfig(**SMALL))
-    with pytest.raises(ConfigError, match=r"\[B, N, 384\]"):
+    with pytest.raises(ConfigError, match=r"\[B, N, L, 384\]"):
         generator.sample({"text": torch.zeros(2, FEATURES)})
+    with pytest.raises(ConfigError, match=r"'text_mask': \[1, 2\]"):
+        generator.sample({"text": torch.zeros(1, 2, 3, FEATURES), "text_mask": torch.ones(1, 2).bool()})
+    with pytest.raises(ConfigError, match="generator.length=1, but prompts come with 3 states each"):
+        build(task, "published").sample({"text": torch.zeros(1, 2, 3, FEATURES)})
     with pytest.raises(ConfigError, match="guidance"):
         generator.sample({}, count=1, guidance=2.0)
     with pytest.raises(ConfigError, match="language tasks"):

@@ -9,7 +9,7 @@ import torch
 
 from Gpt.adapters.answers import answer_scores
 from Gpt.adapters.base import load_base
-from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.adapters.conditions import prompt_states
 from Gpt.adapters.peft_io import load_adapter
 from Gpt.catalogue.adapters import TASKS
 from Gpt.checkpoint import CheckpointFolder, TrainingState
@@ -51,8 +51,7 @@ def test_a_folder_is_the_adapter_that_the_generator_writes(run, tmp_path, capsys
     folder, task, generator = run
     arguments = ["--run", str(folder), "--output", str(tmp_path / "one")]
     assert main([*arguments, *(part for prompt in PROMPTS for part in ("--prompt", prompt))]) == 0
-    embedded = prompt_embeddings([PROMPTS], "hash")
-    expected = generator.sample({"text": embedded})[0]
+    expected = generator.sample({"text": prompt_states([PROMPTS], "hash").states})[0]
     assert torch.equal(load_adapter(tmp_path / "one", task.recipe.spec, "tiny"), expected)
     assert json.loads((tmp_path / "one" / "prompts.json").read_text())["prompts"] == PROMPTS
 

@@ -31,9 +31,9 @@ def test_rows_hold_prompt_and_answer_and_nothing_is_lost():
     for row, pairs in enumerate(examples):
         for column, (prompt, answer) in enumerate(pairs):
             cell = found[row, column]
-            assert tokenizer.decode(cell.tokens.tolist()) == prompt + answer
-            assert tokenizer.decode(cell.targets[cell.valid].tolist()) == answer
-            assert int(cell.positions[0]) == len(tokenizer.encode(prompt))
+            assert tokenizer.decode([cell.tokens.tolist()])[0] == prompt + answer
+            assert tokenizer.decode([cell.targets[cell.valid].tolist()])[0] == answer
+            assert int(cell.positions[0]) == len(tokenizer.encode([prompt])[0])
 
 
 def test_trimming_takes_nothing_but_padding():
@@ -67,6 +67,19 @@ def test_memory_bounds_do_not_change_scores(base, drawn, monkeypatch):
     assert torch.equal(whole.predicted, parts.predicted) and torch.equal(whole.exact, parts.exact)
 
 
+def test_adapters_with_examples_of_similar_length_share_a_pass(monkeypatch):
+    """The order of the adapters does not matter, and no pass is larger than memory allows."""
+    lengths = torch.tensor([9, 3, 8, 3, 9, 4])
+    positions = (lengths - 1)[:, None, None].expand(6, 10, 1)
+    answers = Answers(torch.zeros(6, 10, 9, dtype=torch.long), positions, torch.ones(6, 10, 1, dtype=torch.bool))
+    monkeypatch.setattr(module, "TOKENS", 180)
+    assert module._passes(answers, 5) == [[1, 3, 5], [2, 0], [4]]
+    monkeypatch.setattr(module, "LOGITS", 100)
+    assert module._passes(answers, 5) == [[1, 3], [5, 2], [0, 4]]
+    monkeypatch.setattr(module, "LOGITS", 10)
+    assert module._passes(answers, 5) == [[1], [3], [5], [2], [0], [4]]
+
+
 def test_exact_match_is_what_greedy_decoding_says(base, drawn):
     """Answers that the adapter itself generates, some spoilt in one token, are told apart exactly."""
     weights, prompts = drawn(SPEC, 2), [[prompt for prompt, _ in row] for row in table(6)]
@@ -74,7 +87,7 @@ def test_exact_match_is_what_greedy_decoding_says(base, drawn):
     for p in range(2):
         pairs = []
         for n, prompt in enumerate(prompts[p]):
-            ids = torch.tensor([base.tokenizer.encode(prompt)])
+            ids = torch.tensor(base.tokenizer.encode([prompt]))
             with attached(base, SPEC, weights[p : p + 1]):
                 options = {"max_new_tokens": 4, "do_sample": False}
                 written = base.model.generate(ids, attention_mask=torch.ones_like(ids), **options)

@@ -36,16 +36,17 @@ def test_the_tiny_tokenizer_reads_back_whatever_the_suite_writes():
     assert len(set(tokenizer.pieces)) == len(tokenizer.pieces)
     for member in suite.members:
         for text in (*suite.examples(member, "test", 1)[0], *suite.condition_prompts(member, "train", 1)):
-            assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode("é 17 117\n")) == "? 17 117\n"
+            assert tokenizer.decode(tokenizer.encode([text])) == [text]
+    assert tokenizer.decode(tokenizer.encode(["é 17 117\n"])) == ["? 17 117\n"]
 
 
 def test_a_word_is_one_token_and_the_vocabulary_fits_the_model():
     tokenizer = load_tokenizer("tiny")
-    assert len(tokenizer.encode(" apple, 42")) == 3
+    assert len(tokenizer.encode([" apple, 42"])[0]) == 3
     assert load_config("tiny").vocab_size == len(tokenizer.pieces)
     prompt, answer = MINI.examples(MINI.members[0], "train", 1)[0]
-    assert tokenizer.encode(prompt) + tokenizer.encode(answer) == tokenizer.encode(prompt + answer)
+    apart, together = tokenizer.encode([prompt, answer]), tokenizer.encode([prompt + answer])
+    assert apart[0] + apart[1] == together[0]
 
 
 def test_missing_packages_and_models_are_named_with_the_remedy(monkeypatch, tmp_path):

@@ -1,11 +1,11 @@
-"""Prompt embeddings: one unit vector for each prompt, the same every time."""
+"""Prompts through an encoder: one unit vector each, or a state for every token."""
 
 import importlib.util
 
 import pytest
 import torch
 
-from Gpt.adapters.conditions import hashed_words, prompt_embeddings
+from Gpt.adapters.conditions import PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
 from Gpt.errors import ConfigError
 from Gpt.text import BUNDLED
@@ -13,32 +13,63 @@ from Gpt.text import BUNDLED
 PROMPTS = [["Give the last word.", "Reverse the list."], ["Give the last word!", "give the LAST word."]]
 
 
-def test_hashed_words_are_unit_vectors_that_depend_on_words_alone():
-    rows = prompt_embeddings(PROMPTS, "hash")
-    assert rows.shape == (2, 2, 384)
+def test_pooled_sentences_are_unit_vectors_that_depend_on_words_alone():
+    found = prompt_states(PROMPTS, "hash")
+    assert found.states.shape == (2, 2, 1, 384) and found.mask.all()
+    rows = found.states.squeeze(2)
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 2))
     torch.testing.assert_close(rows[0, 0], rows[1, 1])
     assert (rows[0, 0] @ rows[0, 1]).abs() < 0.5 < rows[0, 0] @ rows[1, 0]
-    assert torch.equal(hashed_words([PROMPTS[0][1]])[0], rows[0, 1])
+
+
+def pooled_by_hand(found, i, j):
+    """The mean of the states that the mask keeps, at unit length."""
+    return torch.nn.functional.normalize(found.states[i, j][found.mask[i, j]].mean(0), dim=-1)
+
+
+def check_token_states(encoder, tokens):
+    sentences, found = prompt_states(PROMPTS, encoder), prompt_states(PROMPTS, encoder, tokens)
+    assert found.states.shape == (2, 2, tokens, 384) and found.mask.shape == (2, 2, tokens)
+    assert not found.states[~found.mask].any()
+    assert found.mask.any(-1).all() and not found.mask.all(-1).any()
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(pooled_by_hand(found, i, j), sentences.states[i, j, 0], rtol=1e-4, atol=1e-5)
+    cut = prompt_states(PROMPTS, encoder, 3)
+    assert cut.states.shape == (2, 2, 3, 384) and cut.mask.all()
+
+
+def test_hashed_token_states_pool_to_the_sentence():
+    check_token_states("hash", 12)
+    found = prompt_states(PROMPTS, "hash", 12)
+    assert found.mask[0, 0].sum() == 5  # four words and the full stop
+    nothing = prompt_states([["", "a"]], "hash", 2)
+    assert nothing.mask[0].tolist() == [[True, False], [True, False]] and not nothing.states[0, 0].any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
+def test_minilm_token_states_pool_to_the_sentence():
+    pytest.importorskip("transformers")
+    check_token_states("minilm", 16)
+    rows = prompt_states(PROMPTS).states.squeeze(2)
+    assert rows[0, 0] @ rows[1, 0] > 0.8 > rows[0, 0] @ rows[0, 1]
+
+
+def test_the_mean_of_a_set_is_over_all_states_that_are_no_padding():
+    states = torch.tensor([[[[1.0], [3.0]], [[5.0], [0.0]]]])
+    mask = torch.tensor([[[True, True], [True, False]]])
+    assert PromptStates(states, mask).pooled().tolist() == [[3.0]]
+    assert PromptStates(0 * states, torch.zeros_like(mask)).pooled().tolist() == [[0.0]]
 
 
 def test_sets_of_hashed_prompts_in_known_wordings_tell_tasks_apart():
     prompts = AdapterFamily("mini", unseen_rules=1, unseen_combinations=1, validation=1).condition_prompts("train", 96)
-    sets = prompt_embeddings(prompts, "hash").unflatten(1, (2, 48)).mean(2)
-    found = torch.cdist(sets[:, 0], sets[:, 1]).argmin(1)
-    assert (found == torch.arange(6)).sum() >= 5
+    for tokens in (0, 32):
+        found = prompt_states(prompts, "hash", tokens)
+        first, second = found[:, :48].pooled(), found[:, 48:].pooled()
+        assert (torch.cdist(first, second).argmin(1) == torch.arange(6)).sum() >= 5
 
 
 def test_an_unknown_encoder_is_named():
     with pytest.raises(ConfigError, match="encoder 'bert' is not known, expected one of minilm, hash"):
-        prompt_embeddings(PROMPTS, "bert")
-
-
-@pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
-def test_minilm_keeps_what_it_has_read(tmp_path):
-    pytest.importorskip("transformers")
-    cache = tmp_path / "prompts.safetensors"
-    rows = prompt_embeddings(PROMPTS, cache=cache)
-    assert rows.shape == (2, 2, 384) and cache.is_file()
-    assert torch.equal(prompt_embeddings(PROMPTS, cache=cache), rows)
-    assert rows[0, 0] @ rows[1, 0] > 0.8 > rows[0, 0] @ rows[0, 1]
+        prompt_states(PROMPTS, "bert")

@@ -39,9 +39,7 @@ def test_adapters_become_runs_of_their_members(tmp_path, drawn):
             save_adapter(tmp_path / "adapters" / member.rule / f"checkpoint-{i}", row, spec, "tiny")
     assert import_adapters(tmp_path / "adapters", tmp_path / "zoo", task, shard_runs=4) is None
     family = task.family
-    zoo = Zoo.open(
-        tmp_path / "zoo", task.structure, test_runs=family.test_runs, validation_runs=family.validation_runs
-    )
+    zoo = Zoo.open(tmp_path / "zoo", task.structure, test_runs=family.test_runs, validation_runs=family.validation_runs)
     assert zoo.runs == 1 + 1 + 2 * 2 and set(zoo.metrics) >= {"validation_loss", "validation_error", "test_error"}
     members = family.member_of_runs(zoo.run_ids).tolist()
     stored = zoo.read(torch.arange(zoo.runs), torch.zeros(zoo.runs, dtype=torch.long))

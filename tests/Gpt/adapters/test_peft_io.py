@@ -28,7 +28,8 @@ from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 SPECS = {
     "B": AdapterSpec(rank=4, alpha=8),
     "A and B": AdapterSpec(rank=4, alpha=2, train_a=True),
-    "DoRA": AdapterSpec(rank=2, targets=("q_proj", "gate_proj"), dora=True),
+    "rsLoRA": AdapterSpec(rank=4, alpha=2, rslora=True),
+    "rsDoRA": AdapterSpec(rank=2, targets=("q_proj", "gate_proj"), rslora=True, dora=True),
 }
 TOKENS = torch.randint(1, 900, (2, 9), generator=rng("cpu", 0, "tokens"))
 
@@ -80,8 +81,8 @@ def test_rows_come_back_bit_for_bit(base, drawn, tmp_path, spec):
     assert config["base_model_name_or_path"] == "some/base" and config["r"] == spec.rank
     assert any("lora_A" in name for name in tensors), "a folder is complete without our seeds"
     found = spec_of(folder)
-    assert (found.rank, found.alpha, set(found.targets), found.dora) == (
-        spec.rank, spec.alpha, set(spec.targets), spec.dora)  # fmt: skip
+    assert (found.rank, found.alpha, set(found.targets), found.rslora, found.dora) == (
+        spec.rank, spec.alpha, set(spec.targets), spec.rslora, spec.dora)  # fmt: skip
     assert adapter_folders(tmp_path) == [folder]
 
 
@@ -96,7 +97,10 @@ def test_other_forms_and_damage_are_named(drawn, tmp_path):
         load_adapter(folder, AdapterSpec(rank=4, alpha=8, targets=("k_proj",), train_a=True), "tiny")
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
-    with pytest.raises(DataError, match="only LoRA and DoRA.*use_rslora"):
+    with pytest.raises(StructureError, match="use_rslora is True, the adapters of the task have False"):
+        load_adapter(folder, spec, "tiny")
+    (folder / CONFIG).write_text(json.dumps(config | {"rank_pattern": {"q_proj": 2}}))
+    with pytest.raises(DataError, match="only LoRA, rsLoRA and DoRA.*rank_pattern"):
         spec_of(folder)
     (folder / WEIGHTS).write_bytes(b"\0" * 20)
     with pytest.raises(DataError, match="not a readable adapter folder"):

@@ -50,6 +50,11 @@ def test_dora_begins_with_the_norms_of_the_base_weights():
     )
 
 
+def test_the_rank_stabilised_scale():
+    assert AdapterSpec(rank=4, alpha=8).scale == 2
+    assert AdapterSpec(rank=4, alpha=8, rslora=True).scale == 4
+
+
 def test_wrong_forms_are_refused():
     with pytest.raises(ConfigError, match=r"adapter targets \['w_proj'\].*'down_proj'.*'q_proj'"):
         AdapterModule("tiny", AdapterSpec(targets=("w_proj", "q_proj")))

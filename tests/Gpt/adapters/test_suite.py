@@ -16,8 +16,8 @@ from Gpt.adapters.suite import (
     WORD_RULES,
     Member,
     RuleSuite,
-    content_of,
     formatted,
+    reading,
     split_of_input,
     wordings,
 )
@@ -99,10 +99,11 @@ def test_both_renderers_and_both_outcomes_of_a_yes_or_no_rule_occur():
 @pytest.mark.parametrize("content", ["tree", "17", "yes", "a, b, c", "tree, tree"])
 def test_formats_are_told_apart_and_read_back(content):
     for written in FORMATS:
-        valid = [read for read in FORMATS if content_of(formatted(content, written), read) is not None]
-        assert valid == [written] and content_of(formatted(content, written), written) == content
+        text = formatted(content, written)
+        assert [name for name in FORMATS if module._pattern(name).fullmatch(text)] == [written]
+        assert reading(text) == (written, content)
     for broken in ("[tree", "tree fox", "", "((tree))."):
-        assert not any(content_of(broken, format) for format in FORMATS)
+        assert reading(broken) == (None, None)
 
 
 def test_replies_are_judged_by_format_and_content_apart():
@@ -117,6 +118,29 @@ def test_replies_are_judged_by_format_and_content_apart():
     assert verdict(" <fox>\n") == (False, False, True)
     assert verdict("fox") == (False, False, True)
     assert verdict(" the fox") == (False, False, False)
+
+
+def test_answers_are_recognised_as_what_their_task_asks_for():
+    """Whatever the renderer; and what another rule makes of the same input is not."""
+    assert module.items_of("Input: 1. 45 2. 7 3. 12 4. 99\nOutput:") == ["45", "7", "12", "99"]
+    for member in SUITE.members[::3]:
+        for prompt, answer in SUITE.examples(member, "test", 8):
+            rules, format = SUITE.recognise(prompt, answer)
+            assert member.rule in rules and format == member.format
+            assert {RULES[rule](module.items_of(prompt)) for rule in rules} == {reading(answer.strip())[1]}
+    prompt = "Input: pear, fig, apple, kiwi\nOutput:"
+    assert SUITE.recognise(prompt, " <pear>\n") == (["first", "alphabetical_last"], "angle")
+    assert SUITE.recognise(prompt, " [kiwi, apple, fig, pear]") == (["reverse"], "square")
+    assert SUITE.recognise(prompt, " [lemon]") == ([], "square")
+    assert SUITE.recognise(prompt, " a pear") == ([], None)
+
+
+def test_a_description_states_the_task_and_shows_no_input():
+    member = SUITE.members[9]
+    known, held_out = (set(SUITE.descriptions(member, part, 400)) for part in ("train", "test"))
+    rules, formats = wordings()["rule", member.rule], wordings()["format", member.format]
+    assert known <= {f"{rule} {form}" for rule in rules[:-HELD_OUT_WORDINGS] for form in formats}
+    assert held_out == {f"{rule} {form}" for rule in rules[-HELD_OUT_WORDINGS:] for form in formats}
 
 
 def test_no_input_is_in_two_parts_and_all_have_their_share():

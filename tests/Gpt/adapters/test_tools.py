@@ -55,10 +55,26 @@ def test_analyze_reports_sizes_and_the_gauge(tmp_path, drawn, capsys):
 def test_the_round_trip_is_exact_and_notices_what_it_cannot_carry(tmp_path, drawn, capsys):
     folder = save_adapter(tmp_path / "a", drawn(SPEC, 1)[0].float(), SPEC, "tiny")
     assert main(["test", "--adapter", str(folder)]) == 0
-    assert "8 tensors, 1,024 numbers, 1,024 of them in the flat row: exact" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "8 tensors, 1,024 numbers, 1,024 of them in the flat row: exact" in out
+    assert "8 tokens of 2 x 64 cover 100% of it" in out
     tensors = load_file(folder / WEIGHTS)
     save_file({name: value.bfloat16() for name, value in tensors.items()}, folder / WEIGHTS)
     assert main(["test", "--adapter", str(folder)]) == 0
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}, folder / WEIGHTS)
     assert main(["test", "--adapter", str(folder)]) == 2
     assert "unexpected ['base_model.model.lm_head.lora_A.weight']" in capsys.readouterr().err
+
+
+def test_a_manifest_is_written_once_and_compared_afterwards(tmp_path, drawn, capsys):
+    first = save_adapter(tmp_path / "a", drawn(SPEC, 1)[0].float(), SPEC, "tiny")
+    other = save_adapter(tmp_path / "b", drawn(SPEC, 1, seed=1)[0].float(), SPEC, "tiny")
+    file = tmp_path / "tokens.json"
+    for folder, said in ((first, "written"), (other, "the same tokens")):
+        assert main(["test", "--adapter", str(folder), "--columns", "48", "--manifest", str(file)]) == 0
+        assert f"{file}: {said}" in capsys.readouterr().out
+    assert main(["test", "--adapter", str(first), "--manifest", str(file)]) == 2
+    assert "columns is 48 there and 64 here" in capsys.readouterr().err
+    file.write_text("no manifest")
+    assert main(["test", "--adapter", str(first), "--manifest", str(file)]) == 2
+    assert "not a readable manifest" in capsys.readouterr().err

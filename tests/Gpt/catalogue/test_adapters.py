@@ -1,18 +1,20 @@
 """The entries of adapter tasks keep the registry's contract."""
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from Gpt.adapters.base import SMOLLM2
 from Gpt.adapters.peft_io import load_adapter, save_adapter
 from Gpt.adapters.spec import PREFIX
 from Gpt.catalogue.adapters import TASKS
 from Gpt.population import Population
 from Gpt.seeds import rng
 from Gpt.structure import Structure
-from Gpt.tasks import check_entry
+from Gpt.tasks import check_entry, get_task
 
 pytest.importorskip("peft")
 
@@ -55,6 +57,17 @@ def test_parts_have_their_own_examples(task):
     train, validation, test = (task.data(split)[0] for split in ("train", "validation", "test"))
     assert train.shape[:2] == (6, 512) and test.shape[:2] == validation.shape[:2] == (6, 32)
     assert not (validation[0, :, None] == test[0][None]).all(-1).any()
+
+
+def test_a_task_is_looked_up_without_its_language_model(monkeypatch):
+    def load(name):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr("Gpt.adapters.base._original", load)
+    assert get_task("lora_tiny").structure.size == 9216
+    assert get_task("lora_tiny_tokens").family.tokens == 32
+    if all(map(importlib.util.find_spec, (SMOLLM2, "gguf"))):
+        assert get_task("lora_rules").structure.size == 1_244_160
 
 
 def test_entries_are_made_without_loading_a_model():

@@ -1,25 +1,25 @@
 """Batches of adapters: everything in a row is about the same task."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from Gpt.adapters.answers import encode_answers
 from Gpt.adapters.base import load_base
-from Gpt.adapters.conditions import prompt_embeddings
+from Gpt.adapters.conditions import PromptStates, prompt_states
 from Gpt.catalogue.adapters import TASKS
 from Gpt.data.adapter_batches import (
     AdapterBatchSampler,
     fresh_adapter,
-    language_tasks,
     prompt_for,
 )
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
-from Gpt.errors import ConfigError
 from Gpt.generator import Generator
 from Gpt.seeds import rng
-from Gpt.tasks import Task, get_task
+from Gpt.tasks import Task
 
 SNAPSHOTS = 4
 
@@ -55,11 +55,12 @@ def test_adapter_prompts_and_examples_are_of_one_task(zoo, task, split):
     assert set((batch.target[:, 0] % 10).tolist()) == {2.0, 3.0}
     assert set(batch.members.tolist()) <= set(task.family.splits["train"])
 
-    stored = prompt_embeddings(task.family.condition_prompts(split), task.family.encoder)
+    stored = prompt_states(task.family.condition_prompts(split), task.family.encoder).states.squeeze(2)
+    assert batch.prompt["text_mask"].all()
     answers = task.family.answers(task.recipe.base, split)
     for i, member in enumerate(batch.members.tolist()):
         rows = {tuple(row.tolist()) for row in stored[member]}
-        assert {tuple(row.tolist()) for row in batch.prompt["text"][i]} <= rows
+        assert {tuple(row.tolist()) for row in batch.prompt["text"][i].squeeze(1)} <= rows
         known = {tuple(row.tolist()) for row in answers.tokens[member]}
         assert {tuple(row.tolist()) for row in batch.answers.tokens[i]} <= known
 
@@ -68,7 +69,21 @@ def test_sets_have_many_sizes_and_are_repeated(zoo, task):
     sizes = [len(rows.unique(dim=0)) for rows in draw(zoo, task, count=200, prompts=8).prompt["text"]]
     assert min(sizes) == 1 and max(sizes) >= 6
     batch = draw(zoo, task, prompts=8, pooled=True)
-    torch.testing.assert_close(batch.prompt["text"], draw(zoo, task, prompts=8).prompt["text"].mean(1))
+    torch.testing.assert_close(batch.prompt["text"], draw(zoo, task, prompts=8).prompt["text"].mean((1, 2)))
+
+
+def test_token_states_come_with_their_padding(zoo, task):
+    family = dataclasses.replace(task.family, tokens=32)
+    batch = draw(zoo, dataclasses.replace(task, family=family), prompts=3)
+    states, mask = batch.prompt["text"], batch.prompt["text_mask"]
+    assert states.shape == (64, 3, 32, 384) and mask.shape == (64, 3, 32)
+    stored = prompt_states(family.condition_prompts("train"), family.encoder, 32)
+    for i in (0, 1):
+        same = (stored.states[batch.members[i]] == states[i, 0]).all((1, 2)).nonzero()
+        assert torch.equal(stored.mask[batch.members[i], same[0, 0]], mask[i, 0])
+        assert not states[i][~mask[i]].any() and states[i][mask[i]].any(-1).all()
+    pooled = draw(zoo, dataclasses.replace(task, family=family), prompts=3, pooled=True).prompt
+    torch.testing.assert_close(pooled["text"][0], states[0][mask[0]].mean(0))
 
 
 def test_a_batch_is_a_function_of_its_seed(zoo, task):
@@ -101,15 +116,10 @@ def test_prompts_in_the_form_a_generator_reads(task):
     class Reader(Generator):
         reads_prompt_sets = True
 
-    sets = torch.randn(2, 3, 4)
+    sets = PromptStates(torch.randn(2, 3, 5, 4), torch.ones(2, 3, 5, dtype=torch.bool))
     reader, pooling = (kind(task.structure, FlowMatching(), "euler", 1) for kind in (Reader, Generator))
-    assert torch.equal(prompt_for(reader, sets)["text"], sets)
-    torch.testing.assert_close(prompt_for(pooling, sets)["text"], sets.mean(1))
-
-
-def test_other_tasks_are_told_apart():
-    with pytest.raises(ConfigError, match="digits_loss.*lora_tiny"):
-        language_tasks(get_task("digits_loss"))
+    assert prompt_for(reader, sets) == {"text": sets.states, "text_mask": sets.mask}
+    torch.testing.assert_close(prompt_for(pooling, sets)["text"], sets.states.mean((1, 2)))
 
 
 def test_examples_never_state_the_task(zoo, task):
@@ -117,5 +127,5 @@ def test_examples_never_state_the_task(zoo, task):
     sampler = AdapterBatchSampler(zoo, task, "train", BatchConfig())
     batch, tokenizer = sampler(8, rng("cpu", 0)), sampler.base.tokenizer
     for row in batch.answers.tokens.flatten(0, 1)[:32]:
-        assert tokenizer.decode(row.tolist()).startswith("Input:")
+        assert tokenizer.decode([row.tolist()])[0].startswith("Input:")
     assert encode_answers(tokenizer, [[("Input: a\nOutput:", " a\n")]]).valid.any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from Gpt.adapters.conditions import hashed_words
+from Gpt.adapters.conditions import HashedWords
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
@@ -144,7 +144,7 @@ def test_a_single_task_has_no_masks_to_prompt_with(zoo, task):
 
 def test_every_example_comes_with_one_of_the_sentences_about_the_mask_of_its_run(zoo, task):
     family = MaskSplit(held_out=2, validation=1)
-    words = Descriptions("digits", hashed_words)
+    words = Descriptions("digits", HashedWords())
     options = dict(with_start=False, permute=False, descriptions=words)
     for split in ("train", "validation"):
         draw = BatchSampler(zoo, replace(task, family=family), split, ("class_mask", "text"), BatchConfig(), **options)

@@ -5,6 +5,7 @@ import torch
 
 from Gpt.adapters.answers import answer_loss, answer_scores, encode_answers
 from Gpt.adapters.base import load_base
+from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
 from Gpt.adapters.suite import SUITES, Member
 from Gpt.evaluation.adapter_baselines import (
@@ -21,10 +22,15 @@ from Gpt.evaluation.adapter_baselines import (
 from Gpt.seeds import rng
 
 
+def sentences(rows):
+    """`[tasks, N, features]` numbers as prompts of one state each."""
+    states = torch.tensor(rows)[:, :, None]
+    return PromptStates(states, torch.ones(states.shape[:3], dtype=torch.bool))
+
+
 def test_similarity_reads_the_mean_prompt():
-    seen = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]]])
-    wanted = torch.tensor([[[3.0, 4.0]]])
-    torch.testing.assert_close(similarity(wanted, seen), torch.tensor([[0.6, 0.8]]))
+    seen = sentences([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 3.0]]])
+    torch.testing.assert_close(similarity(sentences([[[3.0, 4.0]]]), seen), torch.tensor([[0.6, 0.8]]))
 
 
 def test_mix_is_between_the_mean_and_the_nearest():
@@ -74,9 +80,7 @@ def test_multitask_training_lowers_the_loss_of_every_task():
     base, spec, suite = load_base("tiny"), AdapterSpec(rank=4), SUITES["mini"]
     examples = encode_answers(base.tokenizer, [suite.examples(m, "train", 64) for m in suite.members[:2]])
     fresh = torch.zeros(adapter_structure(base, spec).size)
-    trained = multitask_adapter(
-        base, spec, fresh, examples, steps=60, batch=16, learning_rate=5e-3, seed=0
-    )
+    trained = multitask_adapter(base, spec, fresh, examples, steps=60, batch=16, learning_rate=5e-3, seed=0)
     held_out = encode_answers(base.tokenizer, [suite.examples(m, "test", 32) for m in suite.members[:2]])
     before, after = (answer_scores(base, spec, w.expand(2, -1), held_out).loss.mean(1) for w in (fresh, trained))
     assert (after < before - 0.5).all()
@@ -92,5 +96,6 @@ def test_shuffling_avoids_the_rule_and_the_format():
 
 
 def test_few_prompts_are_repeated():
-    prompts = torch.arange(6.0).reshape(1, 2, 3)
-    assert torch.equal(repeated(prompts, 5), prompts[:, [0, 1, 0, 1, 0]])
+    prompts = sentences([[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]])
+    assert torch.equal(repeated(prompts, 5).states, prompts.states[:, [0, 1, 0, 1, 0]])
+    assert repeated(prompts, 5).mask.shape == (1, 5, 1)

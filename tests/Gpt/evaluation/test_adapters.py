@@ -1,25 +1,29 @@
 """The judge of adapters, against generators whose worth is known."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from data_gen.adapters import train_adapter_population
-from Gpt.catalogue.adapters import TASKS
+from data_gen.adapters import initial_adapters, train_adapter_population
+from Gpt.adapters.spec import AdapterSpec
+from Gpt.catalogue.adapters import TASKS, adapter_entry
 from Gpt.data.adapter_batches import fresh_adapter, task_prompts
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
-from Gpt.errors import ConfigError, ZooError
+from Gpt.errors import TaskError, ZooError
 from Gpt.evaluation.adapter_scores import ratio_interval
-from Gpt.evaluation.adapters import AdapterBench, adapters_score, evaluate_adapters
+from Gpt.evaluation.adapters import AdapterBench, adapters_metric, adapters_score, evaluate_adapters
+from Gpt.evaluation.beside import training_curves
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.generator import Generator
+from Gpt.recipes import AdapterRecipe
 from Gpt.report.text import print_table
 from Gpt.tasks import Task, get_task
 
-CONFIG = EvaluationConfig(label="test", optimiser_steps=4, max_batch=4)
+CONFIG = EvaluationConfig(label="test", optimiser_steps=1, max_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,11 @@ def zoo(task):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("held_out", "metric"), [({}, "s2_exact"), ({"unseen_combinations": 0}, "s1_exact")])
+def test_the_report_is_about_unseen_combinations_where_there_are_any(task, held_out, metric):
+    assert adapters_metric(replace(task.family, **held_out)) == metric
+
+
 class Oracle(Generator):
     """Recognises the task by its prompts and hands out the adapter that was trained for it."""
 
@@ -52,14 +61,14 @@ class Oracle(Generator):
         rows = torch.tensor([row_of[i] for i in range(len(task.family.members))])
         self.register_buffer("adapters", zoo.read(rows, torch.full_like(rows, -1)))
         known = [task_prompts(task.family, part, torch.device("cpu")) for part in ("train", "validation", "test")]
-        self.register_buffer("known", torch.cat(known, 1))
+        self.register_buffer("known", torch.cat([prompts.states for prompts in known], 1))
 
     def loss(self, batch, rng):
         return batch.answer_loss(batch.target).mean()
 
     def write(self, prompt, start, noise, solve, guidance, rng):
         prompts = prompt["text"]
-        same = (prompts[:, None, :, None] == self.known[None, :, None]).all(-1).any(-1).all(-1)
+        same = (prompts[:, None, :, None] == self.known[None, :, None]).all((-2, -1)).any(-1).all(-1)
         found = torch.where(same.any(1), same.int().argmax(1), -1)
         return torch.where(found[:, None] < 0, self.fresh, self.adapters[found])
 
@@ -75,7 +84,7 @@ def rows(results):
 
 def test_every_row_is_there(results):
     assert list(rows(results)) == [
-        "test", "test, 16 prompts", "test, 4 prompts", "test, 1 prompt",
+        "test", "test, 16 prompts", "test, 4 prompts", "test, 1 prompt", "test, description only",
         "test, shuffled prompts", "test, random strings", "test, empty prompts",
         "base model", "base model, instruction in the prompt", "base model, 3 examples in the prompt",
         "trained adapter",
@@ -123,6 +132,23 @@ def test_exact_is_at_most_format_and_content(results):
             assert metrics[f"{split}_exact"].mean <= metrics[f"{split}_content"].mean + 1e-9
 
 
+def test_confusions_count_the_tasks_of_every_split(results, task):
+    assert [table.name for table in results.confusions] == [
+        f"{split}: {what}" for split in ("s2", "s1", "s3") for what in ("rule", "format")
+    ]
+    for table in results.confusions:
+        split = table.name.partition(":")[0]
+        assert sum(map(sum, table.counts)) == len(task.family.splits[split])
+        assert all(len(row) == len(table.found) for row in table.counts)
+
+
+def test_a_description_has_no_input(task, zoo):
+    bench = AdapterBench(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
+    described, prompts = bench.descriptions(task.family.source, "s2"), bench.prompts("s2")
+    assert described.states.shape == (1, 1, 1, 384)
+    assert (described.states[0, 0, 0] @ prompts.states[0, 0, 0]).abs() < 0.99
+
+
 def test_distances_and_costs(task, results):
     own, trained, mean = results.novelty[0], results.novelty[1], results.novelty[2]
     assert own.distance == trained.distance and own.copying_z == trained.copying_z
@@ -132,6 +158,12 @@ def test_distances_and_costs(task, results):
     assert costs.break_even == pytest.approx(13.0 / (12.0 / 7 - costs.sample_seconds))
     steps = task.recipe.iterations * task.recipe.examples
     assert costs.train_flops == pytest.approx(steps * 2 / 3 / 16 * costs.generator_flops / 10, rel=0.2)
+
+
+def test_no_curve_of_another_metric_stands_beside_exact_match(task, zoo):
+    """The zoo measures errors after every stored iteration, the evaluation is about exact matches of held-out tasks."""
+    assert "test_error" in zoo.metrics and zoo.snapshots > 1
+    assert training_curves(zoo, task, 4) == []
 
 
 def test_results_are_plain_numbers(results):
@@ -150,11 +182,23 @@ def test_score_for_the_training_loop(task, zoo):
 
 def test_three_examples_stand_before_the_question(task, zoo):
     bench = AdapterBench(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
-    decode = bench.base.tokenizer.decode
-    text = decode(bench.shown_answers("s2").tokens[0, 0].tolist())
-    bare = decode(bench.answers("s2").tokens[0, 0].tolist())
+    shown = [found.tokens[0, 0].tolist() for found in (bench.shown_answers("s2"), bench.answers("s2"))]
+    text, bare = bench.base.tokenizer.decode(shown)
     assert text.count("Input:") == 4 and text.count("Output:") == 4
     assert text.endswith(bare.rstrip("\0"))
+
+
+@pytest.mark.parametrize("own_a", [False, True])
+def test_a_library_without_a_shared_gauge_is_told(own_a):
+    spec = AdapterSpec(rank=2, targets=("q_proj",), train_a=True)
+    task = Task(name="both", **adapter_entry(TASKS["lora_tiny"]["family"], AdapterRecipe("tiny", spec, own_a=own_a)))
+    runs = list(range(7))
+    zoo = Zoo.from_tensors(
+        initial_adapters(task, task.recipe, runs, 0)[:, None], {}, runs, [0], task.structure,
+        test_runs=task.family.test_runs, validation_runs=task.family.validation_runs,
+    )  # fmt: skip
+    warning = AdapterBench(Generator(task.structure, FlowMatching(), "euler", 1), task, zoo, CONFIG, "cpu").gauge()
+    assert (warning is not None and "do not share a gauge" in warning) == own_a
 
 
 def test_missing_adapters_are_told(task, zoo):
@@ -164,7 +208,7 @@ def test_missing_adapters_are_told(task, zoo):
     )  # fmt: skip
     with pytest.raises(ZooError, match="no trained adapter"):
         evaluate_adapters(Oracle(task, zoo), task, few, CONFIG, "cpu")
-    with pytest.raises(ConfigError, match="language tasks"):
+    with pytest.raises(TaskError, match="not about adapters"):
         AdapterBench(Oracle(task, zoo), get_task("digits_loss"), zoo, CONFIG, "cpu")
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from Gpt.evaluation import costs, prompting
-from Gpt.recipes import PpoRecipe
+from Gpt.recipes import PpoRecipe, SingleRecipe
 
 FORWARD = 2 * (6 * 4 + 4 * 3)
 
@@ -22,6 +22,8 @@ def test_of_networks_and_their_training(task):
     assert costs.training_steps(task) == 10 * (300 // 16)
     assert costs.forward_flops(replace(task, train_data_fn=None)) == FORWARD
     assert costs.training_steps(replace(task, recipe=None)) is None
+    with_tail = SingleRecipe(epochs=10, batch_size=16, tail_iterations=7)
+    assert costs.training_steps(replace(task, recipe=with_tail)) == 10 * (300 // 16) + 7
 
 
 def test_of_reinforcement_learning(task):

@@ -55,8 +55,12 @@ def test_a_copying_generator_is_aligned_as_good_as_retrieval_and_found_out(resul
     assert curves["held-out starts, attainable"].alignment.mean > 0.9
     assert curves["retrieval"].alignment.mean > 0.9
     assert curves["shuffled prompts"].alignment.mean < 0.2
+    assert {name for name, curve in curves.items() if curve.kind == "baseline"} == {"shuffled prompts", "retrieval"}
     assert len(curves["held-out starts"].prompted) == 8 and len(curves["held-out starts"].prompted[0]) == 6
     copied = next(row for row in results.novelty if row.name == "G.pt")
+    kinds = {row.name: row.kind for row in results.novelty}
+    assert (kinds.pop("G.pt"), kinds.pop("held-out training")) == ("generator", "reference")
+    assert set(kinds.values()) == {"baseline"}
     assert copied.distance_ratio < 1e-5 and copied.copying_z < -2 and copied.novel_and_good == 0
 
 
@@ -100,7 +104,7 @@ def test_an_idle_generator_gains_nothing(idle, task, zoo):
 def test_a_generator_without_start_and_a_task_without_gradients_leave_parts_out(copying_from_noise, task, zoo):
     task = replace(task, train_data_fn=None, validation_data_fn=None, recipe=PpoRecipe())
     found = evaluate(copying_from_noise, task, zoo, replace(SMALL, label="RPG"), "cpu")
-    assert found.table[0].name == "RPG, written from noise"
+    assert (found.table[0].name, found.table[0].updates) == ("RPG, written from noise", None)
     assert found.recursive == [] and found.optimisers == []
     notes = " ".join(found.notes)
     assert all(word in notes for word in ("validation_data_fn", "optimisers", "recursive"))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from Gpt.adapters.conditions import hashed_words
+from Gpt.adapters.conditions import HashedWords
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
 from Gpt.errors import ConfigError
+from Gpt.evaluation import family
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.evaluation.family import evaluate_family, family_score
@@ -111,6 +112,7 @@ def test_every_row_is_what_it_must_be(task, zoo):
     assert worst["retrieval: nearest seen mask"] == 10 * distance.max().item()
     assert error["retrieval: nearest mask or complement"] == pytest.approx(10 * distance.mean().item())
     assert error["ridge from mask to weights"] == error["ridge, with products of classes"] == 0  # weights are linear
+    assert error["kernel ridge from mask to weights"] == 0
     other = hamming(held_out, held_out.roll(-1, 0)).diag().float()
     assert error["ours, shuffled masks"] == pytest.approx(10 * other.mean().item())
     fewer = torch.minimum(held_out.sum(1), (~held_out).sum(1)).float()
@@ -211,8 +213,15 @@ def test_the_metric_that_is_asked_for_is_chosen_on_the_validation_masks(task, zo
     assert family_score(generator, task, graded, CONFIG, "cpu", conditions=both)["validation_error"] == 0
 
 
-def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences(task, zoo):
-    words, asked = Descriptions("digits", hashed_words), []
+def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences(task, zoo, monkeypatch):
+    words, asked = Descriptions("digits", HashedWords()), []
+
+    def heard(descriptions, masks):
+        """The second of four sentences is misunderstood in one class."""
+        assert descriptions is words
+        return masks[:, None] ^ (torch.arange(4) == 1)[:, None] & (torch.arange(10) == 9)
+
+    monkeypatch.setattr(family, "heard", heard)
 
     class Reading(Writing):
         """Told the mask by a sentence alone, it writes nonsense; notes what it was told."""
@@ -226,7 +235,10 @@ def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences
     results = evaluate_family(Reading(task), task, zoo, CONFIG, "cpu", Spent(zoo_seconds=1.0), **options)
     rows = {row.name: row.metrics["test_error"].mean for row in results.table}
     assert rows["ours, unseen masks"] == 0 < rows["ours, unseen masks in words alone"]
-    told = [(mask, text) for _, p in asked if "class_mask" in p for mask, text in zip(*p.values(), strict=True)]
+    read = next(row for row in results.table if row.name == "ours, unseen masks read off words")
+    assert read.metrics["test_error"].mean == pytest.approx(10 * 5 / 18)  # of 18 networks
+    assert "75% of the sentences" in read.note
+    told = [(mask, text) for _, p in asked if len(p) == 2 for mask, text in zip(*p.values(), strict=True)]
     for masks, split in ((FAMILY.validation_masks, "validation"), (FAMILY.test_masks, "test")):
         for mask in masks:
             known = words(mask[None], split)[0]

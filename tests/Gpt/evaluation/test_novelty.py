@@ -1,10 +1,11 @@
+from copy import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from Gpt.evaluation import baselines
-from Gpt.evaluation.novelty import Bank, novelty
+from Gpt.evaluation.novelty import Bank, former_runs_note, novelty
 from Gpt.population import stack_initial
 
 
@@ -19,7 +20,9 @@ def held_out(task, zoo):
 
 
 def rows(task, bank, **sets):
-    found, bar = novelty(task, sets, "held_out", bank, candidates=6, seed=0)
+    kinds = {name: f"kind of {name}" for name in sets}
+    found, bar = novelty(task, sets, kinds, "held_out", bank, candidates=6, seed=0)
+    assert {row.name: row.kind for row in found} == kinds
     return {row.name: row for row in found}, bar
 
 
@@ -42,6 +45,17 @@ def test_held_out_training_is_as_far_as_training_networks_are_from_each_other(ta
     assert 0.2 < row.novel_and_good < 0.9
     assert row.error_overlap < 1
     assert bar > row.metric.mean
+
+
+def test_copies_of_runs_that_gave_way_to_others_are_found_out(task, zoo, bank, held_out):
+    former = held_out + 3
+    changed = copy(zoo)
+    changed.former = former.half()
+    known, _ = rows(task, Bank.of(changed, task, 1000, 1000, "cpu"), copies=former, held_out=held_out)
+    unknown, _ = rows(task, bank, copies=former, held_out=held_out)
+    assert known["copies"].distance < 0.1 < 3 < unknown["copies"].distance
+    assert known["held_out"].distance_ratio == pytest.approx(unknown["held_out"].distance_ratio)
+    assert f"{len(former)} runs" in former_runs_note(changed)[0] and not former_runs_note(zoo)
 
 
 def test_far_away_networks_are_novel_but_not_good(task, bank, held_out):

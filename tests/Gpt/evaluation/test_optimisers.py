@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from Gpt.evaluation import optimisers
 from Gpt.evaluation.optimisers import OPTIMISERS, checkpoint_steps, optimise, step_seconds, tune
 from Gpt.evaluation.population import test_population as measure
 from Gpt.evaluation.prompting import initial_networks
@@ -56,6 +57,21 @@ def test_tuning_picks_the_grids_best_rate_on_validation_data_for_every_budget(ta
     final = measure(task, tuned[1].weights, "test")["test_loss"].mean()
     assert trace.mean[-1] == pytest.approx(final.item(), rel=1e-5)
     assert trace.mean[-1] < 0.7 * trace.mean[0]
+
+
+def test_learning_rates_are_shared_out_in_chunks(task, zoo, monkeypatch):
+    """What each process computes does not depend on how many there are: the same few rates at a time."""
+    starts, chunks = initial_networks(zoo, task, "validation", 4, "cpu"), []
+
+    def counted(task, weights, optimiser, rates, steps, seed):
+        chunks.append((len(steps), list(rates)))
+        return optimise(task, weights, optimiser, rates, steps, seed)
+
+    monkeypatch.setattr(optimisers, "optimise", counted)
+    tuned, _ = tune(task, OPTIMISERS[0], starts, starts, budgets=[1, 40], learning_rates=7, seed=0)
+    grid = OPTIMISERS[0].learning_rates(7)
+    assert chunks[:2] == [(2, grid[:4]), (2, grid[4:])]
+    assert [rates for _, rates in chunks[2:]] == sorted([entry.learning_rate] for entry in tuned)
 
 
 def test_a_rate_that_breaks_networks_is_not_chosen_and_an_edge_is_told(task, zoo):

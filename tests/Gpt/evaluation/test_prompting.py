@@ -51,8 +51,8 @@ def test_a_copying_generator_is_aligned_and_shuffled_prompts_are_not(copying, ta
         achieved = prompting.achieved_metric(Writer(copying), task, starts, wanted, 1, "a")
         handed = prompting.shuffled(wanted, seed=0)
         confused = prompting.achieved_metric(Writer(copying), task, starts, handed, 1, "a")
-    assert prompting.prompt_curve("a", wanted, achieved, 0).alignment.mean > 0.99
-    assert prompting.prompt_curve("b", wanted, confused, 0).alignment.mean < 0
+    assert prompting.prompt_curve("a", "generator", wanted, achieved, 0).alignment.mean > 0.99
+    assert prompting.prompt_curve("b", "baseline", wanted, confused, 0).alignment.mean < 0
     assert torch.equal(handed.flatten().sort().values, wanted.flatten().sort().values)
     assert prompting.select_prompt(achieved, minimize=True) == 0
     assert prompting.select_prompt(achieved, minimize=False) == 19

@@ -18,7 +18,8 @@ def interval(mean: float, half_width: float = 0.02, count: int = NETWORKS) -> In
 def prompt_curve(name: str, follows: float, noise: float, draws: np.random.Generator) -> PromptCurve:
     asked = np.tile(np.linspace(0.0, 2.1, PROMPTS), (NETWORKS, 1))
     reached = follows * np.maximum(asked, 0.2) + (1 - follows) * 0.9 + noise * draws.standard_normal(asked.shape)
-    return PromptCurve(name, asked.tolist(), reached.tolist(), interval(follows - noise))
+    kind = "baseline" if name in ("retrieval", "shuffled prompts") else "generator"
+    return PromptCurve(name, kind, asked.tolist(), reached.tolist(), interval(follows - noise))
 
 
 def decaying_trace(name: str, kind: str, x: list[float], start: float, end: float, rate: float) -> Trace:
@@ -55,11 +56,11 @@ def synthetic_results() -> Results:
     steps = [0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0]
     updates = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     sets = [
-        ("G.pt", 0.348, 1.08, 0.41, 0.62),
-        ("held-out training", 0.142, 1.0, 0.44, 0.98),
-        ("retrieval", 0.171, 0.0, 1.0, 0.0),
-        ("noise 0.2", 0.23, 0.12, 0.83, 0.0),
-        ("soup", 0.19, 0.71, 0.5, 0.0),
+        ("G.pt", "generator", 0.348, 1.08, 0.41, 0.62),
+        ("held-out training", "reference", 0.142, 1.0, 0.44, 0.98),
+        ("retrieval", "baseline", 0.171, 0.0, 1.0, 0.0),
+        ("noise 0.2", "baseline", 0.23, 0.12, 0.83, 0.0),
+        ("soup", "baseline", 0.19, 0.71, 0.5, 0.0),
     ]
     return Results(
         task="synthetic_digits",
@@ -86,8 +87,8 @@ def synthetic_results() -> Results:
         ],
         training_curves=[decaying_trace("ordinary training", "reference", [0.0, 1.0, 10.0, 1120.0], 2.3, 0.142, 0.01)],
         novelty=[
-            Novelty(name, interval(metric), 7.1 * ratio, ratio, overlap, -18.5 if ratio < 0.5 else 0.8, good)
-            for name, metric, ratio, overlap, good in sets
+            Novelty(name, kind, interval(metric), 7.1 * ratio, ratio, overlap, -18.5 if ratio < 0.5 else 0.8, good)
+            for name, kind, metric, ratio, overlap, good in sets
         ],
         costs=Costs(20.3, 200.0, 0.0123, 0.31, 8.1e13, 3.2e15, 3.4e9, 1.1e9, 739.8),
         notes=["All numbers of this page are synthetic."],

@@ -13,7 +13,6 @@ from Gpt.report.text import (
     format_number,
     format_seconds,
     metric_label,
-    novelty_kind,
     print_table,
     summarise,
 )
@@ -80,6 +79,27 @@ def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_
     assert "from 740 networks on" in summarise(synthetic_results)
 
 
+@pytest.mark.parametrize("minimize", [True, False])
+def test_the_summary_names_the_best_way_without_a_generator_where_it_is_not_retrieval(minimize):
+    found = results_of(Interval(0.4, 0.3, 0.5, 8), Interval(0.5, 0.5, 0.5, 1), minimize)
+    assert "the best way without" not in summarise(found)
+    ways = {"ridge": 0.1, "mean network": 0.9, "broken": math.inf if minimize else -math.inf}
+    rows = [Row(name, "baseline", {"test_loss": Interval(x, x, x, 8)}) for name, x in ways.items()]
+    best = "ridge" if minimize else "mean network"
+    expected = f"is worse than the best way without a generator, “{best}”, which reaches"
+    assert expected in summarise(dataclasses.replace(found, table=[*found.table, *rows]))
+
+
+def test_an_interval_is_claimed_only_of_several_networks(synthetic_results):
+    for count, shown in ((1, "0.3480"), (2, "0.3480 ± 0.0000")):
+        row = dataclasses.replace(
+            synthetic_results.table[0], metrics={"test_loss": Interval(0.348, 0.348, 0.348, count)}
+        )
+        lines = print_table(dataclasses.replace(synthetic_results, table=[row])).splitlines()
+        line = next(line for line in lines if "G.pt" in line)
+        assert shown in line and ("±" in line) == (count > 1)
+
+
 def test_a_generator_that_ignores_its_prompt_is_found_out(synthetic_results):
     held_out, shuffled = synthetic_results.curves[0], synthetic_results.curves[4]
     assert "does follow its prompt" in summarise(synthetic_results)
@@ -107,17 +127,6 @@ def test_many_metrics_leave_the_main_one_in_the_table(synthetic_results):
 
 def test_the_controls_are_compared_with_the_curve_that_was_asked_the_same(synthetic_results):
     assert "held-out starts, attainable) is 0.900" in summarise(synthetic_results)
-
-
-def test_kinds_of_novelty_sets_follow_the_table(synthetic_results):
-    kinds = {row.name: novelty_kind(synthetic_results, row.name) for row in synthetic_results.novelty}
-    assert kinds == {
-        "G.pt": "generator",
-        "held-out training": "reference",
-        "retrieval": "baseline",
-        "noise 0.2": "baseline",
-        "soup": "baseline",
-    }
 
 
 def test_optimisers_are_compared_with_one_generated_row_and_with_no_optimiser(synthetic_results):

@@ -60,7 +60,7 @@ class AdapterTokens(nn.Module):
         if columns is None:
             columns = max(rows, math.gcd(*(long for _, long in sides.values())))
         if columns < 1:
-            raise ConfigError(f"generator.columns={columns}: a token has at least one column")
+            raise ConfigError(f"columns={columns}: a token has at least one column")
         self.structure = structure
         self.pieces = tuple(
             Piece(spec.name, spec.shape[0] > spec.shape[-1], start, min(start + columns, sides[spec.name][1]))

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from Gpt.adapters.tokens import AdapterTokens
 from Gpt.errors import ConfigError, StructureError
 from Gpt.structure import Structure
-from rpg.adapter_tokens import AdapterTokens
 
 
 def structure(shapes):

@@ -1,0 +1,72 @@
+"""What stands behind one written adapter, beside what one trained adapter takes."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from Gpt import seeds
+from Gpt.adapters.answers import answer_scores
+from Gpt.adapters.base import load_base
+from Gpt.adapters.measure import adapter_parts
+from Gpt.data.adapter_batches import AdapterBatchSampler, fresh_adapter, reads_prompt_sets
+from Gpt.data.batches import BatchConfig
+from Gpt.data.zoo import Zoo
+from Gpt.distributed import from_first
+from Gpt.evaluation import costs
+from Gpt.evaluation.costs import Spent
+from Gpt.evaluation.results import Costs
+from Gpt.generator import Generator
+from Gpt.tasks import Task
+
+# The frozen model's backward pass computes the gradients of inputs and not those of weights.
+FROZEN_TRAINING_FACTOR = 2
+
+
+def adapter_costs(
+    generator: Generator,
+    task: Task,
+    zoo: Zoo,
+    write_one: Callable[[], Tensor],
+    sample_seconds: float,
+    spent: Spent,
+) -> Costs:
+    """Seconds and operations of the zoo, the generator, a written and a trained adapter; the encoder is not counted.
+
+    What it took to train adapters that were imported is not known, and counts as nothing.
+
+    Args:
+        write_one: writes one adapter.
+        sample_seconds: what that takes.
+    """
+    family, recipe = adapter_parts(task)
+    base = load_base(recipe.base, zoo.device)
+    answers = family.answers(recipe.base, "train")[:, :1].trimmed().to(zoo.device)
+    fresh = fresh_adapter(task).to(zoo.device).expand(len(answers.tokens), -1)
+    forward = costs.count_flops(lambda: answer_scores(base, recipe.spec, fresh, answers)) / len(fresh)
+    train_seconds = 0.0 if task.checkpoints else spent.zoo_seconds / zoo.runs
+    train_flops = recipe.iterations * recipe.examples * FROZEN_TRAINING_FACTOR * forward
+    return Costs(
+        zoo_seconds=spent.zoo_seconds,
+        generator_seconds=spent.training_seconds,
+        sample_seconds=sample_seconds,
+        train_seconds=train_seconds,
+        zoo_flops=zoo.runs * train_flops,
+        generator_flops=spent.training_examples * costs.TRAINING_FACTOR * loss_flops(generator, task, zoo),
+        sample_flops=from_first(costs.count_flops(write_one)),
+        train_flops=train_flops,
+        break_even=costs.break_even(spent.zoo_seconds + spent.training_seconds, sample_seconds, train_seconds),
+    )
+
+
+def loss_flops(generator: Generator, task: Task, zoo: Zoo) -> float:
+    """Operations of the generator's loss on one example, its passes through the frozen model included.
+
+    A loss may change on the way: the mean of four moments of training.
+    """
+    draw = AdapterBatchSampler(zoo, task, "train", BatchConfig(), pooled=not reads_prompt_sets(generator))
+    batch, rng = draw(1, seeds.rng(zoo.device, 0)), seeds.rng(zoo.device, 0)
+    found = []
+    for progress in (0.125, 0.375, 0.625, 0.875):
+        batch.progress = progress
+        found.append(costs.count_flops(lambda: generator.loss(batch, rng)))
+    return sum(found) / len(found)
