@@ -19,7 +19,7 @@ from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
 from Gpt.checkpoint import CheckpointFolder, write_json
 from Gpt.conditions import Conditions, prompt_features
-from Gpt.config import RunConfig, checked, nearest
+from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler, reads_prompt_sets
 from Gpt.data.batches import BatchSampler
@@ -31,7 +31,7 @@ from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.diffusion.regression import Regression
 from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
-from Gpt.errors import CheckpointError, ConfigError
+from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.adapters import adapters_metric, adapters_score, evaluate_adapters
 from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.family import evaluate_family, family_score

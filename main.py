@@ -26,10 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from dry_run import dry_run
 from experiment import GENERATORS, Experiment, create_folder, open_folder
 from Gpt.checkpoint import write_json
-from Gpt.config import RunConfig, checked, nearest
+from Gpt.config import RunConfig, checked
 from Gpt.data.zoo import Zoo, scales
 from Gpt.distributed import on_first_process, primary, processes, world
-from Gpt.errors import ConfigError, UserError
+from Gpt.errors import ConfigError, UserError, nearest
 from Gpt.evaluation.beside import Others, read_runs, side_by_side, training_curves
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.results import Results
@@ -310,7 +310,7 @@ def help_text() -> str:
         return f"  {file.stem:24s} {file.read_text().splitlines()[0].lstrip('# ')}"
 
     parts = [(__doc__ or "").strip(), "", "Configurations (--config-name NAME):"]
-    parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml")) if file.stem != "base"]
+    parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml"))]
     for group in sorted(p for p in CONFIGS.iterdir() if p.is_dir() and p.name != "__pycache__"):
         parts += ["", f"{group.name}=OPTION:", *(line(file) for file in sorted(group.glob("*.yaml")))]
     parts += ["", "Any key can be set on the command line, e.g. trainer.steps=200 zoo.runs=512;"]

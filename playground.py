@@ -38,8 +38,8 @@ from torch import Tensor
 from experiment import Experiment
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
-from Gpt.config import RunConfig, checked, nearest
-from Gpt.errors import CheckpointError, ConfigError
+from Gpt.config import RunConfig, checked
+from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.reading import kept_reader

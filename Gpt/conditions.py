@@ -10,7 +10,6 @@ several conditions are added.
     text            [B, features]    sentence embedding
 """
 
-import difflib
 import math
 from typing import cast
 
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, nearest
 from Gpt.generator import Prompt
 
 
@@ -173,7 +172,5 @@ def prompt_features(names: tuple[str, ...]) -> dict[str, int]:
     """
     for name in names:
         if name not in PROMPT_FEATURES:
-            close = difflib.get_close_matches(name, PROMPT_FEATURES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PROMPT_FEATURES)}"
-            raise ConfigError(f"condition.names: there is no condition {name!r}; {hint}")
+            raise ConfigError(f"condition.names: there is no condition {name!r}; {nearest(name, PROMPT_FEATURES)}")
     return {name: PROMPT_FEATURES[name] for name in names}

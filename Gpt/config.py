@@ -1,7 +1,6 @@
 """The typed configuration of a run: what hydra composes from `configs/` becomes one `RunConfig`."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -9,7 +8,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from Gpt.data.batches import BatchConfig
 from Gpt.distillation import DistillationConfig
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.evaluate import EvaluationConfig
 from Gpt.report.logger import LoggerConfig
 from Gpt.training import TrainerConfig
@@ -188,12 +187,6 @@ def _check_keys(schema: type, values: dict[str, Any], where: str) -> None:
     known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(schema)}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"configuration: there is no key {where + key!r}; {nearest(key, list(known))}")
+            raise ConfigError(f"configuration: there is no key {where + key!r}; {nearest(key, known)}")
         if dataclasses.is_dataclass(known[key]) and isinstance(value, dict):
             _check_keys(known[key], value, f"{where}{key}.")
-
-
-def nearest(key: str, known: list[str]) -> str:
-    """A hint for an unknown key: the most similar known one, or all of them."""
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

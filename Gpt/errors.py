@@ -1,5 +1,8 @@
 """Errors that a user can cause and can mend. `main.py` prints their message without a traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of every error caused by input; the message names the thing, the place and the remedy."""
@@ -27,3 +30,10 @@ class CheckpointError(UserError):
 
 class ConfigError(UserError):
     """A configuration key or value is wrong."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for an unknown word: the most similar known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

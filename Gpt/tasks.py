@@ -32,7 +32,6 @@ A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds 
 own, or from packages that declare the entry-point group `gpt_weights.tasks`.
 """
 
-import difflib
 import importlib.util
 import math
 import sys
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 
 from Gpt.adapters.family import AdapterFamily
 from Gpt.catalogue import adapters, cartpole, vision, whole
-from Gpt.errors import StructureError, TaskError, UserError
+from Gpt.errors import StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
 from Gpt.population import Population
 from Gpt.recipes import Recipe
@@ -201,9 +200,7 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
     known = {f.name: f for f in fields(Task) if f.name != "name"}
     for key in entry:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known keys: {', '.join(known)}"
-            raise TaskError(f"task {name!r}: unknown key {key!r}{hint}")
+            raise TaskError(f"task {name!r}: unknown key {key!r}; {nearest(key, known)}")
     for key, spec in known.items():
         if key not in entry:
             if spec.default is MISSING:
@@ -271,9 +268,8 @@ def get_task(name: str) -> Task:
         TaskError: no such task (names the nearest), or the entry does not keep its promises.
     """
     if name not in TASK_METADATA:
-        nearest = difflib.get_close_matches(name, TASK_METADATA, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known tasks: {', '.join(sorted(TASK_METADATA))}"
-        raise TaskError(f"there is no task {name!r}; {hint} (your own: task_modules=[path/to/my_tasks.py])")
+        hint = f"{nearest(name, TASK_METADATA)} (your own: task_modules=[path/to/my_tasks.py])"
+        raise TaskError(f"there is no task {name!r}; {hint}")
     task = check_entry(name, TASK_METADATA[name])
     # The functions of adapters are the library's own, and would load a language model before it is needed.
     return task if isinstance(task.family, AdapterFamily) else task.verify()

@@ -25,10 +25,10 @@ from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.peft_io import save_adapter
 from Gpt.checkpoint import CheckpointFolder, write_json
 from Gpt.conditions import Conditions, prompt_features
-from Gpt.config import checked, nearest
+from Gpt.config import checked
 from Gpt.data.adapter_batches import prompt_for
 from Gpt.diffusion.objectives import DDPM, FlowMatching
-from Gpt.errors import CheckpointError, ConfigError, DataError, UserError
+from Gpt.errors import CheckpointError, ConfigError, DataError, UserError, nearest
 from Gpt.generator import Generator
 from Gpt.recipes import AdapterRecipe
 from Gpt.tasks import Task, get_task, load_task_modules

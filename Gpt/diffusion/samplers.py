@@ -8,7 +8,6 @@ draw from `rng`, a generator on the device of `noise`. NFE is the number of eval
 states it. Gradients flow when enabled: call under `torch.no_grad()` to save memory.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Iterator
 
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.diffusion.objectives import DDPM, Denoiser, FlowMatching, Objective
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, nearest
 
 
 def ddpm(
@@ -125,9 +124,7 @@ def check_sampler(name: str, objective: Objective, steps: int) -> None:
             does not have that many steps.
     """
     if name not in SAMPLERS:
-        close = difflib.get_close_matches(name, SAMPLERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SAMPLERS)}"
-        raise ConfigError(f"sampler {name!r} is unknown; {hint}")
+        raise ConfigError(f"sampler {name!r} is unknown; {nearest(name, SAMPLERS)}")
     SAMPLERS[name](lambda x, t: x, objective, torch.zeros(1, 1, device="cpu"), steps, torch.Generator("cpu"))
 
 

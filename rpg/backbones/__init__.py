@@ -12,12 +12,10 @@
 Backbones add no positional code: tokens carry their own.
 """
 
-import difflib
 import inspect
-from collections.abc import Collection
 from typing import Any
 
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, nearest
 from rpg.backbones.base import Backbone, Mixer, State
 from rpg.backbones.hgrn2 import HGRN2
 from rpg.backbones.mamba import Mamba
@@ -47,21 +45,15 @@ def build_backbone(name: str, width: int, **options: Any) -> Backbone:
     Raises ConfigError for an unknown name, an unknown option, or sizes that do not fit together.
     """
     if name not in BACKBONES:
-        raise ConfigError(f"there is no backbone {name!r}; {_nearest(name, BACKBONES)}")
+        raise ConfigError(f"there is no backbone {name!r}; {nearest(name, BACKBONES)}")
     mixer = BACKBONES[name]
     known = (_keywords(Backbone) | _keywords(mixer)) - {"mixer", "width", "in_width"}
     for option in options:
         if option not in known:
-            raise ConfigError(f"backbone {name!r} has no option {option!r}; {_nearest(option, known)}")
+            raise ConfigError(f"backbone {name!r} has no option {option!r}; {nearest(option, known)}")
     return Backbone(mixer, width, **options)
 
 
 def _keywords(module: type) -> set[str]:
     parameters = inspect.signature(module).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-
-
-def _nearest(word: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    listing = f"choose from {', '.join(sorted(known))}"
-    return f"did you mean {close[0]!r}? Otherwise {listing}" if close else listing

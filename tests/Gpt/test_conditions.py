@@ -130,5 +130,5 @@ def test_wrong_prompts_are_refused_by_name():
         module({"target_metric": torch.zeros(4, 3)}, 4)
     with pytest.raises(ConfigError, match=r"no condition 'class_masks'; did you mean 'class_mask'\?"):
         prompt_features(("class_masks",))
-    with pytest.raises(ConfigError, match=r"no condition 'xyz'; known: target_metric"):
+    with pytest.raises(ConfigError, match=r"no condition 'xyz'; known: class_mask"):
         prompt_features(("xyz",))

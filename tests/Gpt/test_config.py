@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
-from Gpt.config import DataConfig, RunConfig, checked, nearest
+from Gpt.config import DataConfig, RunConfig, checked
 from Gpt.errors import ConfigError
 
 
@@ -49,11 +49,6 @@ def test_wrong_keys_and_values_are_named_with_their_place(values, words):
 def test_an_unknown_storage_is_refused_before_a_zoo_is_collected_for_it():
     with pytest.raises(ConfigError, match=r"zoo\.storage='tape'.*'ram'"):
         checked(RunConfig, {"zoo": {"storage": "tape"}})
-
-
-def test_nearest_words():
-    assert nearest("stpes", ["steps", "width"]) == "did you mean 'steps'?"
-    assert nearest("qqq", ["steps", "width"]) == "known: steps, width"
 
 
 def test_training_settings_hold_what_weights_depend_on_and_nothing_else():

@@ -110,7 +110,7 @@ def test_every_key_has_a_description_of_what_is_expected():
     ("change", "message"),
     [
         ({"minimise": True}, r"task 'mine': unknown key 'minimise'; did you mean 'minimize'\?"),
-        ({"xyzzy": True}, "task 'mine': unknown key 'xyzzy'; known keys: task_test_fn"),
+        ({"xyzzy": True}, "task 'mine': unknown key 'xyzzy'; known: "),
         ({"constructor": nn.Linear}, r"'mine': key 'constructor' failed .*in_features.*; expected a function \(\)"),
         ({"constructor": lambda: 3}, "task 'mine': constructor returned int, expected a torch.nn.Module"),
         ({"constructor": nn.ReLU}, "task 'mine': .*nothing to generate"),
@@ -144,7 +144,7 @@ def test_functions_that_do_not_keep_their_promise_are_found_at_once(registry, ch
 def test_unknown_tasks_are_answered_with_the_nearest():
     with pytest.raises(TaskError, match="no task 'mnist_los'; did you mean 'mnist_loss'.*task_modules"):
         get_task("mnist_los")
-    with pytest.raises(TaskError, match="no task 'xyzzy'; known tasks: cartpole"):
+    with pytest.raises(TaskError, match="no task 'xyzzy'; known: cartpole"):
         get_task("xyzzy")
 
 

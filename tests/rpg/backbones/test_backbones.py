@@ -339,7 +339,7 @@ def test_cuda_equals_cpu(name):
     ("name", "options", "message"),
     [
         ("mamba3", {}, "mamba"),
-        ("LSTMs", {}, "choose from gru"),
+        ("LSTMs", {}, "known: gru"),
         ("mamba2", {"d_stat": 16}, "'d_state'"),
         ("lstm", {"d_state": 16}, "no option 'd_state'"),
         ("gru", {"depth": 0}, "depth=0"),
