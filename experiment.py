@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from data_gen.collect import collect, train_population
@@ -18,8 +19,7 @@ from data_gen.memory import Stream, Trained, collect_in_memory
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
 from Gpt.checkpoint import CheckpointFolder, write_json
-from Gpt.conditions import Conditions, prompt_features
-from Gpt.config import RunConfig, checked
+from Gpt.config import RunConfig
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler, reads_prompt_sets
 from Gpt.data.batches import BatchSampler
@@ -27,11 +27,9 @@ from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
-from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
-from Gpt.diffusion.regression import Regression
 from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
-from Gpt.errors import CheckpointError, ConfigError, nearest
+from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.adapters import adapters_metric, adapters_score, evaluate_adapters
 from Gpt.evaluation.evaluate import evaluate, validation_score
 from Gpt.evaluation.family import evaluate_family, family_score
@@ -39,27 +37,13 @@ from Gpt.evaluation.results import Results
 from Gpt.evaluation.whole import evaluate_whole, whole_score
 from Gpt.generator import Generator
 from Gpt.masks import MaskSplit
-from Gpt.models.gpt import Gpt, GptConfig
-from Gpt.models.paper_generator import PaperConfig, PaperGpt
+from Gpt.models.paper_generator import PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
 from Gpt.report.trackers import check_installed
-from Gpt.seeds import derive_seed
 from Gpt.tasks import Task, get_task, load_task_modules
 from Gpt.text import SentenceEncoder, find_model
 from Gpt.training import Sampler, mixed_precision
-from rpg import adapters
-from rpg.generator import Rpg, RpgConfig
-from rpg.paper import RpgPaper, RpgPaperConfig
-from rpg.pdiff import Pdiff, PdiffConfig
-
-GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
-    "gpt": (GptConfig, Gpt),
-    "gpt_paper": (PaperConfig, PaperGpt),
-    "rpg": (RpgConfig, Rpg),
-    "rpg_paper": (RpgPaperConfig, RpgPaper),
-    "pdiff": (PdiffConfig, Pdiff),
-    **adapters.GENERATORS,
-}
+from rpg.registry import build_generator
 
 
 @dataclass
@@ -106,13 +90,7 @@ class Experiment:
                 )
             if masks and "text" in names:
                 find_model()  # before anything is collected
-        if self.config.zoo.recipe:
-            known = [f.name for f in dataclasses.fields(task.recipe)] if task.recipe else []
-            for key in self.config.zoo.recipe:
-                if key not in known:
-                    raise ConfigError(f"zoo.recipe: task {task.name!r} has no setting {key!r}; {nearest(key, known)}")
-            task = dataclasses.replace(task, recipe=dataclasses.replace(task.recipe, **self.config.zoo.recipe))
-        return task
+        return task.with_recipe(self.config.zoo.recipe)
 
     @property
     def zoo_folder(self) -> Path:
@@ -220,21 +198,11 @@ class Experiment:
     @cached_property
     def generator(self) -> Generator:
         """The untrained generator; its parameters are a function of the seed."""
-        settings = dict(self.config.generator)
-        name = settings.pop("name", None)
-        if name not in GENERATORS:
-            raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), list(GENERATORS))}")
-        config_class, build = GENERATORS[name]
-        config = checked(config_class, settings, "generator.")
-        width = getattr(config, "width", 1)
-        features = prompt_features(self.config.condition.names)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.config.seed, "generator"))
-            conditions = Conditions(features, width, self.config.condition.dropout)
-            generator = build(self.task.structure, conditions, self._objective(), config).to(self.device)
+        generator = build_generator(self.config, self.task.structure).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
         if self.config.distillation.weight:
             if not generator.distils:
+                name = self.config.generator["name"]
                 raise ConfigError(f"generator.name={name} learns from weights alone; set distillation.weight=0")
             generator.distillation = distillation(self.task, self.config.distillation)
         return generator
@@ -331,17 +299,6 @@ class Experiment:
             return partial(evaluate_whole, recalibrate=self.config.evaluation.recalibrate), whole_score
         return evaluate, validation_score
 
-    def _objective(self) -> Objective:
-        settings = self.config.objective
-        if settings.name == "flow":
-            return FlowMatching(settings.prediction, settings.loss_space, settings.times)
-        if settings.name == "ddpm":
-            return DDPM(settings.prediction)
-        if settings.name == "regression":
-            return Regression()
-        known = ["flow", "ddpm", "regression"]
-        raise ConfigError(f"objective.name={settings.name} is unknown; {nearest(settings.name, known)}")
-
 
 def open_folder(experiment: Experiment) -> tuple[Path, dict[str, Any]]:
     """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
@@ -378,6 +335,19 @@ def create_folder(experiment: Experiment, summary: dict[str, Any]) -> None:
     OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
     write_json(folder / "summary.json", summary)
     write_json(folder / "config.json", _settings(config))
+
+
+def occupy(lock: FileLock) -> None:
+    """Keep other processes out of a run folder; they are let in when this one ends, however it does.
+
+    Raises:
+        ConfigError: one is at work there.
+    """
+    try:
+        lock.acquire()
+    except Timeout as error:
+        folder = Path(lock.lock_file).parent
+        raise ConfigError(f"{folder}: another process is at work in this run; wait for it, or set run.name") from error
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dry_run import dry_run
-from experiment import GENERATORS, Experiment, create_folder, open_folder
+from experiment import Experiment, create_folder, occupy, open_folder
 from Gpt.checkpoint import write_json
 from Gpt.config import RunConfig, checked
 from Gpt.data.zoo import Zoo, scales
@@ -40,6 +41,7 @@ from Gpt.report.logger import Loggers, open_loggers
 from Gpt.report.text import print_table
 from Gpt.seeds import rng
 from Gpt.training import train
+from rpg.registry import GENERATORS
 
 CONFIGS = Path(__file__).parent / "configs"
 FIT_EXAMPLES = 8192  # examples that normalisation scales are read off, fewer where networks are large
@@ -69,11 +71,20 @@ def run(experiment: Experiment) -> Results | None:
         return None
     experiment.check_trainable()  # before the zoo is collected, which can take hours
     others = run_beside(experiment)
-    zoo = experiment.zoo
     if not summary:
-        summary = {"zoo_seconds": zoo.seconds}
+        summary = {"zoo_seconds": experiment.zoo.seconds}
         on_first_process(lambda: create_folder(experiment, summary))
+    lock = FileLock(experiment.folder / ".lock", timeout=0)
+    on_first_process(lambda: occupy(lock))
+    try:
+        return train_and_judge(experiment, summary, others)
+    finally:
+        lock.release()
 
+
+def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Others) -> Results:
+    """The generator trained, judged and reported on, in the run's folder."""
+    config, zoo = experiment.config, experiment.zoo
     folder = experiment.folder
     resumed = experiment.checkpoints.latest_step()
     logger = open_loggers(config.logger, folder, dataclasses.asdict(config), resumed) if primary() else Loggers([])

@@ -37,7 +37,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from Gpt.adapters.family import AdapterFamily
 from Gpt.catalogue import adapters, cartpole, vision, whole
-from Gpt.errors import StructureError, TaskError, UserError, nearest
+from Gpt.errors import ConfigError, StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
 from Gpt.population import Population
 from Gpt.recipes import Recipe
@@ -168,6 +168,19 @@ class Task:
                 f"task {self.name!r}: key {key!r} failed in {where}: {type(error).__name__}: {error}; expected "
                 f"{_EXPECTED[key]}"
             ) from error
+
+    def with_recipe(self, changes: Mapping[str, Any]) -> "Task":
+        """The same with some settings of its training recipe changed.
+
+        Raises:
+            ConfigError: the recipe has no such setting.
+        """
+        recipe: Any = self.recipe
+        known = [f.name for f in fields(recipe)] if recipe else []
+        for key in changes:
+            if key not in known:
+                raise ConfigError(f"zoo.recipe: task {self.name!r} has no setting {key!r}; {nearest(key, known)}")
+        return replace(self, recipe=replace(recipe, **changes)) if changes else self
 
     def verify(self) -> "Task":
         """Run every function once on a fresh network.

@@ -9,14 +9,13 @@ that ends in .jsonl every line is a task, {"task": "name", "prompts": ["â€¦", "â
 """
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -24,18 +23,13 @@ from Gpt.adapters.conditions import prompt_states
 from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.peft_io import save_adapter
 from Gpt.checkpoint import CheckpointFolder, write_json
-from Gpt.conditions import Conditions, prompt_features
-from Gpt.config import checked
+from Gpt.config import RunConfig, checked
 from Gpt.data.adapter_batches import prompt_for
-from Gpt.diffusion.objectives import DDPM, FlowMatching
-from Gpt.errors import CheckpointError, ConfigError, DataError, UserError, nearest
+from Gpt.errors import CheckpointError, DataError, UserError
 from Gpt.generator import Generator
-from Gpt.recipes import AdapterRecipe
 from Gpt.tasks import Task, get_task, load_task_modules
-from rpg.adapters import GENERATORS
-from rpg.generator import Rpg, RpgConfig
+from rpg.registry import build_generator
 
-WRITERS: dict[str, tuple[type, Callable[..., Generator]]] = {**GENERATORS, "rpg": (RpgConfig, Rpg)}
 FOLDER_NAME = re.compile(r"[\w.\- ]*[\w\-]")
 
 
@@ -126,43 +120,22 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Generato
 
     Raises:
         CheckpointError: there is no trained run.
-        ConfigError: the run's generator does not write adapters.
+        ConfigError: its configuration is of another version.
         TaskError: the task is not known here, or not about adapters.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} is not a run folder ({error}); train one with: python main.py --config-name lora_tiny"
         ) from error
-    task = _task(config)
+    config = checked(RunConfig, values)
+    load_task_modules(config.task_modules)
+    task = get_task(config.task).with_recipe(config.zoo.recipe)
     adapter_parts(task)
-    settings = dict(config["generator"])
-    name = settings.pop("name")
-    if name not in WRITERS:
-        raise ConfigError(f"{folder}: generator.name={name} does not write adapters; {nearest(name, list(WRITERS))}")
-    config_class, build = WRITERS[name]
-    generator_config: Any = checked(config_class, settings, "generator.")
-    condition, objective = config["condition"], config["objective"]
-    conditions = Conditions(
-        prompt_features(tuple(condition["names"])), getattr(generator_config, "width", 1), condition["dropout"]
-    )
-    path = (
-        FlowMatching(objective["prediction"], objective["loss_space"], objective["times"])
-        if objective["name"] == "flow"
-        else DDPM(objective["prediction"])
-    )
-    generator = build(task.structure, conditions, path, generator_config)
+    generator = build_generator(config, task.structure)
     CheckpointFolder(folder / "checkpoints", {"architecture": task.structure.fingerprint}).load_best(generator)
     return generator.to(device).eval(), task
-
-
-def _task(config: Mapping[str, Any]) -> Task:
-    """The run's task, with its changes of the recipe."""
-    load_task_modules(config["task_modules"])
-    task = get_task(config["task"])
-    changes, recipe = config["zoo"]["recipe"], cast(AdapterRecipe, task.recipe)
-    return dataclasses.replace(task, recipe=dataclasses.replace(recipe, **changes)) if changes else task
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 
 import main
@@ -102,6 +103,18 @@ def test_a_run_leaves_everything_behind(workplace):
     assert summary["zoo_seconds"] > 0
     assert summary["training_seconds"] > 0
     assert checked(RunConfig, json.loads(json.dumps(config_of(*TINY).training_settings())))
+
+
+def test_two_processes_are_not_let_into_one_run(here, unmeasured):
+    """The second is told, and leaves everything as it is; when the first has ended, however it did, there is no trace."""
+    folder = here / "runs" / "digits_loss"
+    with FileLock(folder / ".lock"):
+        before = files(folder)
+        with pytest.raises(ConfigError, match=r"runs/digits_loss: another process is at work .* run.name"):
+            run("test_only=true")
+        assert files(folder) == before
+    run("test_only=true")
+    run("test_only=true")
 
 
 def test_a_finished_run_is_left_alone_and_says_so(here, capsys):
@@ -566,8 +579,8 @@ def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
 
 
 def test_published_rpg_can_be_had_by_its_group():
-    arguments = ["generator=rpg_paper_tiny", "objective=ddpm_eps", "generator.condition=head", "device=cpu"]
-    experiment = Experiment(config_of(*arguments, "condition.dropout=0", name="digits_mask_rpg"), "x")
+    arguments = ["generator=rpg_paper_tiny", "objective=ddpm_eps", "generator.condition=head", "distillation.weight=0"]
+    experiment = Experiment(config_of(*arguments, "condition.dropout=0", "device=cpu", name="digits_mask_rpg"), "x")
     assert experiment.generator.default_steps == 1000
     with pytest.raises(ConfigError, match="predicts noise"):
-        _ = Experiment(config_of(arguments[0], name="digits_mask_rpg"), "x").generator
+        _ = Experiment(config_of(arguments[0], arguments[-1], "device=cpu", name="digits_mask_rpg"), "x").generator

@@ -19,7 +19,7 @@ from Gpt.structure import Structure
 WIDTH, GAP, CURVE_HEIGHT = 720, 4, 220  # pixels
 
 
-def slerp_loop(noises: Float[Tensor, "K *shape"], frames: int) -> Float[Tensor, "F *shape"]:
+def slerp_loop(noises: Float[Tensor, " K *shape"], frames: int) -> Float[Tensor, " F *shape"]:
     """Closed loop through K noises on great circles, `frames` points from each to the next; F = K x frames.
 
     Straight lines between Gaussian noises pass through vectors far shorter than any the generator has seen; arcs keep

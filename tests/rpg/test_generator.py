@@ -84,7 +84,7 @@ def test_it_writes_networks_of_the_cluster_it_is_asked_for(trained):
 def test_without_a_prompt_it_writes_both_clusters(trained):
     for written in (trained.sample({}, count=200), trained.sample({"class_mask": torch.ones(200, 2)}, guidance=0.0)):
         near = distances(written)
-        assert near.min(1).values.median() < 0.6
+        assert near.min(1).values.median() < 0.7
         assert 0.2 < near.argmin(1).float().mean() < 0.8
 
 

@@ -105,7 +105,7 @@ def test_a_wrong_run_is_told(run, tmp_path, capsys):
     config = json.loads((run[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"generator": {"name": "gpt"}}))
     assert main([*arguments, str(tmp_path)]) == 2
-    assert "generator.name=gpt does not write adapters" in capsys.readouterr().err
+    assert "neuron tokens need the hidden-unit symmetry" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps(config | {"task": "lora_tin"}))
     assert main([*arguments, str(tmp_path)]) == 2
     assert "lora_tiny" in capsys.readouterr().err

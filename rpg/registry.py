@@ -1,0 +1,65 @@
+"""Every generator by its name in `configs/generator`, and how a run's configuration becomes one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from Gpt.conditions import Conditions, prompt_features
+from Gpt.config import ObjectiveConfig, RunConfig, checked
+from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
+from Gpt.diffusion.regression import Regression
+from Gpt.errors import ConfigError, nearest
+from Gpt.generator import Generator
+from Gpt.models.gpt import Gpt, GptConfig
+from Gpt.models.paper_generator import PaperConfig, PaperGpt
+from Gpt.seeds import derive_seed
+from Gpt.structure import Structure
+from rpg import adapters
+from rpg.generator import Rpg, RpgConfig
+from rpg.paper import RpgPaper, RpgPaperConfig
+from rpg.pdiff import Pdiff, PdiffConfig
+
+GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
+    "gpt": (GptConfig, Gpt),
+    "gpt_paper": (PaperConfig, PaperGpt),
+    "rpg": (RpgConfig, Rpg),
+    "rpg_paper": (RpgPaperConfig, RpgPaper),
+    "pdiff": (PdiffConfig, Pdiff),
+    **adapters.GENERATORS,
+}
+
+
+def build_generator(config: RunConfig, structure: Structure) -> Generator:
+    """The untrained generator of a run, on the CPU; its parameters are a function of the run's seed.
+
+    Raises:
+        ConfigError: there is no such generator, objective or condition, or they do not fit together.
+    """
+    settings = dict(config.generator)
+    name = settings.pop("name", None)
+    if name not in GENERATORS:
+        raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), GENERATORS)}")
+    config_class, build = GENERATORS[name]
+    own: Any = checked(config_class, settings, "generator.")
+    features = prompt_features(config.condition.names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "generator"))
+        conditions = Conditions(features, getattr(own, "width", 1), config.condition.dropout)
+        return build(structure, conditions, build_objective(config.objective), own)
+
+
+def build_objective(settings: ObjectiveConfig) -> Objective:
+    """The objective of a run.
+
+    Raises:
+        ConfigError: there is none of that name, or it has no such setting.
+    """
+    if settings.name == "flow":
+        return FlowMatching(settings.prediction, settings.loss_space, settings.times)
+    if settings.name == "ddpm":
+        return DDPM(settings.prediction)
+    if settings.name == "regression":
+        return Regression()
+    hint = nearest(settings.name, ("flow", "ddpm", "regression"))
+    raise ConfigError(f"objective.name={settings.name} is unknown; {hint}")
