@@ -106,7 +106,7 @@ def test_a_run_leaves_everything_behind(workplace):
 
 
 def test_two_processes_are_not_let_into_one_run(here, unmeasured):
-    """The second is told, and leaves everything as it is; when the first has ended, however it did, there is no trace."""
+    """The second is told, and leaves everything as it is; when the first has ended, there is no trace of it."""
     folder = here / "runs" / "digits_loss"
     with FileLock(folder / ".lock"):
         before = files(folder)
