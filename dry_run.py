@@ -30,7 +30,7 @@ from Gpt.errors import ConfigError, UserError, ZooError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.generator import Batch
 from Gpt.models.upstream import resolve_checkpoint
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.report.trackers import check_installed
 from Gpt.seeds import derive_seed, rng
 

@@ -45,7 +45,7 @@ from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.reading import kept_reader
 from Gpt.generator import Generator, Prompt
 from Gpt.masks import MaskSplit
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
 from Gpt.seeds import derive_seed, rng

@@ -17,7 +17,7 @@ from torch.func import functional_call, vmap
 
 from Gpt.errors import ConfigError
 from Gpt.generator import Distillation
-from Gpt.population import prepared
+from Gpt.population.functional import prepared
 from Gpt.recipes import SupervisedRecipe
 from Gpt.tasks import Task
 

@@ -20,7 +20,7 @@ from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.seeds import rng as named_rng
 
 ENVIRONMENT_ID = "GptCartPole-v0"

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from Gpt.masks import label_map
-from Gpt.population import Population
+from Gpt.population.functional import Population
 
 
 def classification_loss(

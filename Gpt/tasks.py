@@ -50,7 +50,7 @@ from Gpt.adapters.family import AdapterFamily
 from Gpt.catalogue import adapters, cartpole, vision, whole
 from Gpt.errors import ConfigError, StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.recipes import Recipe
 from Gpt.structure import Structure
 

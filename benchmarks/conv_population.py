@@ -8,7 +8,8 @@ A step is the forward pass and the gradient of every network's own cross-entropy
 neither), on mini-batches of its own; "metrics" is the forward pass on images that all networks share. Every way is
 compared with double precision before it is timed. `snapshots_per_second` counts 50 epochs of 351 steps for 200
 snapshots, training alone; a metrics case counts 17,000 images for each. "kernel" is one launch of an operator, with the
-bytes of its maps, and "tile" all five of a step at other tile sizes, for the constants of `Gpt.convolution_kernels`.
+bytes of its maps, and "tile" all five of a step at other tile sizes, for the constants of
+`Gpt.population.convolution_kernels`.
 
 Floors on one H100 (990 TFLOP/s dense bfloat16, 3 TB/s) for 128 networks and 128 images each. The arithmetic is 2.58
 MFLOP forward and 7.5 MFLOP a step for one network and image, 0.12 TFLOP in all: 0.12 ms at peak, 0.5 ms at the quarter
@@ -37,9 +38,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.timing import Bench, measure, parser
-from Gpt import convolution
 from Gpt.networks import ConvNet
-from Gpt.population import stack_initial
+from Gpt.population import convolution
+from Gpt.population.functional import stack_initial
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 
@@ -88,7 +89,7 @@ def shifted(images: Tensor, kernels: Tensor, stride: int) -> Tensor:
 
 
 def operator(images: Tensor, kernels: Tensor, stride: int) -> Tensor:
-    """`Gpt.convolution`: Triton kernels on a GPU."""
+    """`Gpt.population.convolution`: Triton kernels on a GPU."""
     return convolution.differentiable_conv2d(images, kernels, (stride, stride), (1, 1), True)
 
 
@@ -172,7 +173,7 @@ def time_tiles(
     pixels: int, warps: int, splits: int, networks: int, images: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """All five launches with these constants."""
-    from Gpt import convolution_kernels
+    from Gpt.population import convolution_kernels
 
     calls = kernels(networks, images, device, dtype).values()
     with mock.patch.multiple(convolution_kernels, PIXELS=pixels, WARPS=warps, SPLITS=splits):

@@ -32,8 +32,8 @@ from benchmarks.loop import time_training
 from benchmarks.timing import Bench, measure, parser, synchronize
 from benchmarks.zoo_speed import SMALL_ZOOS, ZOOS, Zoo, task_of
 from data_gen import vision
-from Gpt.attention import attend
 from Gpt.data.batches import BatchConfig, BatchSampler
+from Gpt.models.attention import attend
 from Gpt.models.gpt import GptConfig
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
@@ -183,7 +183,7 @@ def _training_in(precision: torch.dtype) -> Any:
 
 
 def attention(bench: Bench, shape: tuple[int, int, int, int], repeats: int) -> dict[str, Any]:
-    """Milliseconds of attention, and of attention with its gradient, by `Gpt.attention` and torch's backends."""
+    """Milliseconds of attention, and of attention with its gradient, by `Gpt.models.attention` and torch's backends."""
     q, k, v = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     gradient = torch.randn_like(q)
 

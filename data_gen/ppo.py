@@ -26,7 +26,7 @@ from data_gen.randomness import random_words, run_keys
 from Gpt.environments import EPISODE_STEPS, EVALUATION_SEEDS, CartPole, Evaluation, evaluate_policy
 from Gpt.errors import ConfigError
 from Gpt.networks import CartPoleActor
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.recipes import PpoRecipe
 from Gpt.seeds import rng
 from Gpt.structure import Structure

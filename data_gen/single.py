@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_gen.vision import CROP_PADDING, check_choices, flip_crop, iterations_of
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population as score_population
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.recipes import SingleRecipe
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task

@@ -22,14 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data_gen.randomness import below, permuted, random_words, run_keys
-from Gpt import updates
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as score_population
-from Gpt.population import Population, population_gradient, stack_initial, training_precision
+from Gpt.population import updates
+from Gpt.population.functional import Population, population_gradient, stack_initial, training_precision
+from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SingleRecipe, SupervisedRecipe
 from Gpt.scoring import classification_error, classification_loss, mask_error
 from Gpt.seeds import derive_seed
-from Gpt.shared_inputs import with_shared_inputs
 from Gpt.tasks import Task
 
 TRAIN_METRIC_EXAMPLES = 2000

@@ -12,7 +12,7 @@ from Gpt.adapters.answers import Answers, Scores, answer_scores
 from Gpt.adapters.base import load_base
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.spec import AdapterModule, AdapterSpec, adapter_structure
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.recipes import AdapterRecipe
 
 

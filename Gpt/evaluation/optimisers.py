@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from Gpt import updates
 from Gpt.distributed import Rows, from_first, in_chunks
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.results import Trace
 from Gpt.evaluation.statistics import trace
-from Gpt.population import population_gradient
+from Gpt.population import updates
+from Gpt.population.functional import population_gradient
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
 from Gpt.tasks import Task

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from Gpt.distributed import Rows, in_chunks
 from Gpt.errors import TaskError
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.tasks import Task
 
 Members = Bool[Tensor, "P classes"] | Int[Tensor, " P"]

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from Gpt.attention import attend
 from Gpt.errors import ConfigError
+from Gpt.models.attention import attend
 from Gpt.seeds import rng
 from Gpt.tokens import split_sizes
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from Gpt.attention import attend
+from Gpt.models.attention import attend
 
 
 class Block(nn.Module):

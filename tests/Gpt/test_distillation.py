@@ -11,7 +11,7 @@ from Gpt.distillation import DistillationConfig, distillation
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.models.gpt import Gpt, GptConfig
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.seeds import rng
 from Gpt.tasks import get_task
 from rpg.generator import Rpg, RpgConfig

@@ -19,7 +19,7 @@ from Gpt.environments import (
     rollout_returns,
 )
 from Gpt.networks import CartPoleActor
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.structure import Structure
 
 BALANCING_GAIN = torch.tensor([0.02, 0.04, 0.5, 0.1])

@@ -6,7 +6,7 @@ import torch
 from Gpt import masks
 from Gpt.errors import ConfigError, StructureError
 from Gpt.networks import MLP, ConvNet
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 

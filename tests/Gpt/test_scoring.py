@@ -6,7 +6,7 @@ from torch import nn
 
 from Gpt import scoring
 from Gpt.networks import MLP
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 

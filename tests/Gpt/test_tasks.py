@@ -11,7 +11,7 @@ from Gpt import tasks
 from Gpt.data import sources
 from Gpt.errors import TaskError
 from Gpt.networks import MLP
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.seeds import rng
 from Gpt.tasks import TASK_METADATA, check_entry, get_task, load_task_modules
 from Gpt.vocabulary import CLASSES

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import conv_population
 from Gpt.networks import ConvNet
-from Gpt.population import Population
+from Gpt.population.functional import Population
 
 
 def population(networks=3, images=2):

@@ -15,7 +15,7 @@ from Gpt.errors import ConfigError, TaskError
 from Gpt.evaluation.population import test_population as measure
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.recipes import SingleRecipe
 from Gpt.scoring import classification_error
 from Gpt.seeds import derive_seed, rng

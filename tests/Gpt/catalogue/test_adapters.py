@@ -11,7 +11,7 @@ from Gpt.adapters.base import SMOLLM2
 from Gpt.adapters.peft_io import load_adapter, save_adapter
 from Gpt.adapters.spec import PREFIX
 from Gpt.catalogue.adapters import TASKS
-from Gpt.population import Population
+from Gpt.population.functional import Population
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.tasks import check_entry, get_task

@@ -6,7 +6,7 @@ from torch import nn
 
 from Gpt.data.alignment import align, is_exact, permutation_distance
 from Gpt.networks import MLP, CartPoleActor, ConvNet
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.structure import Structure
 
 

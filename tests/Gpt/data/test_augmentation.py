@@ -6,7 +6,7 @@ import torch
 from Gpt.data.augmentation import random_index, walk_index
 from Gpt.errors import TaskError
 from Gpt.networks import MLP
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 

@@ -14,7 +14,7 @@ from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, ZooError
 from Gpt.networks import MLP
-from Gpt.population import Population, stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.scoring import classification_loss
 from Gpt.tasks import Task
 

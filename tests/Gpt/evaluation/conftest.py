@@ -10,7 +10,7 @@ from Gpt.evaluation.optimisers import OPTIMISERS, optimise
 from Gpt.evaluation.population import test_population as measure
 from Gpt.generator import Generator
 from Gpt.networks import MLP
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.recipes import SupervisedRecipe
 from Gpt.scoring import classification_correct, classification_loss
 from Gpt.tasks import Task, check_entry

@@ -6,7 +6,7 @@ import torch
 
 from Gpt.evaluation import baselines
 from Gpt.evaluation.novelty import Bank, former_runs_note, novelty
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 
 
 @pytest.fixture(scope="module")

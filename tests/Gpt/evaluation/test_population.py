@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from Gpt.errors import TaskError
 from Gpt.evaluation import population
 from Gpt.networks import MLP, ConvNet
-from Gpt.population import stack_initial
+from Gpt.population.functional import stack_initial
 from Gpt.scoring import classification_error, classification_loss
 from Gpt.tasks import check_entry
 
@@ -19,7 +19,7 @@ def weights(task):
 
 @pytest.mark.parametrize("batch", [1, 3, 256])
 def test_batched_equals_one_by_one_in_any_chunks(task, weights, batch, monkeypatch):
-    monkeypatch.setattr("Gpt.population.CPU_NUMBERS", 1000)  # a few networks and examples at a time
+    monkeypatch.setattr("Gpt.population.functional.CPU_NUMBERS", 1000)  # a few networks and examples at a time
     one_by_one = population.test_population(replace(task, batched=False), weights, "validation")
     batched = population.test_population(task, weights, "validation", batch=batch)
     torch.testing.assert_close(batched["validation_loss"], one_by_one["validation_loss"])
@@ -80,7 +80,7 @@ def test_convolutions_and_examples_in_chunks_match_the_template(monkeypatch):
     }
     task = check_entry("convolutions", entry)
     weights = stack_initial(ConvNet, task.structure, [0, 1, 2])
-    monkeypatch.setattr("Gpt.population.CPU_NUMBERS", 10_000)
+    monkeypatch.setattr("Gpt.population.functional.CPU_NUMBERS", 10_000)
     batched = population.test_population(task, weights, "test")["test_loss"]
     torch.testing.assert_close(
         batched, population.test_population(replace(task, batched=False), weights, "test")["test_loss"]

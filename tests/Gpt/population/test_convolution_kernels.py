@@ -10,7 +10,7 @@ from Gpt.seeds import rng
 @pytest.fixture(scope="module")
 def kernels(triton_kernels):
     """The module and the device that it runs on."""
-    return triton_kernels("Gpt.convolution_kernels")
+    return triton_kernels("Gpt.population.convolution_kernels")
 
 
 def channels_last(maps):

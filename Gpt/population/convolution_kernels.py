@@ -1,4 +1,4 @@
-"""Triton kernels of `Gpt.convolution`: implicit matrix products, one network per program.
+"""Triton kernels of `Gpt.population.convolution`: implicit matrix products, one network per program.
 
 A convolution of a small network is a product of a tall, narrow matrix (one row per output pixel and example, one column
 per tap and channel) with a tiny one. No such matrix is ever stored: a program loops over the taps, gathers its rows

@@ -1,7 +1,7 @@
 """Attention of every token to every token, for the dozen tokens of a small network.
 
 Libraries tile for thousands of tokens: on a GPU a head of 11 tokens costs them as much as one of 64, a third of a
-training step. Where tokens are few, a GPU runs `Gpt.attention_kernels`, a CPU the formula; else torch chooses.
+training step. Where tokens are few, a GPU runs `Gpt.models.attention_kernels`, a CPU the formula; else torch chooses.
 """
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from Gpt.convolution import accelerated
+from Gpt.population.convolution import accelerated
 
 FEW_ON_CPU = 128  # tokens up to which torch's fused CPU kernel takes longer than the formula, up to three times
 FEW_ON_GPU = 64
@@ -36,7 +36,7 @@ def attend(
 @torch.library.custom_op("gpt_weights::attention_of_few", mutates_args=())
 def attention_of_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The kernels' attention, `[B, H, T, width]` each; the result has a token's heads side by side in memory."""
-    from Gpt import attention_kernels
+    from Gpt.models import attention_kernels
 
     out = _heads_side_by_side(q)
     with torch.cuda.device_of(q):
@@ -47,7 +47,7 @@ def attention_of_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("gpt_weights::attention_of_few_gradient", mutates_args=())
 def attention_of_few_gradient(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_of_few` by queries, keys and values."""
-    from Gpt import attention_kernels
+    from Gpt.models import attention_kernels
 
     found = _heads_side_by_side(q), _heads_side_by_side(k), _heads_side_by_side(v)
     with torch.cuda.device_of(q):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from Gpt import updates
+from Gpt.population import updates
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `Gpt.attention`: one program holds all tokens of one head, so that nothing is stored between steps.
+"""Triton kernels of `Gpt.models.attention`: one program holds all tokens of one head, nothing is stored between steps.
 
     P = softmax(Q K^T / sqrt(width)),  O = P V                                        (Vaswani et al. 2017, eq. 1)
     dV = P^T dO,  dS = P * (dO V^T - rowsum(P * dO V^T)),  dQ = dS K / sqrt(width),  dK = dS^T Q / sqrt(width)

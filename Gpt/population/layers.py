@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from Gpt.convolution import differentiable_conv2d, tell_compiler
+from Gpt.population.convolution import differentiable_conv2d, tell_compiler
 
 
 def for_populations(net: nn.Module, example: Float[Tensor, "1 ..."]) -> nn.Module:

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from Gpt.convolution import accelerated
-from Gpt.population_layers import PopulationConv2d, for_populations
+from Gpt.population.convolution import accelerated
+from Gpt.population.layers import PopulationConv2d, for_populations
 from Gpt.structure import Structure
 
 # Numbers that one pass may hold: a cache (16 MiB in float32); on a GPU 4 GiB, so that passes outlast their launches.

@@ -2,7 +2,7 @@
 
 `torch.func.vmap` turns them into one grouped convolution, of which cuDNN makes a few percent of what a GPU can do. Here
 they are operators that vmap calls instead: implicit matrix products with one program per network and tile, see
-`Gpt.convolution_kernels`. On a CPU vmap is left alone: passes of one network (`Gpt.population`) are fast there.
+`Gpt.population.convolution_kernels`. On a CPU vmap is left alone: passes of one network are fast there.
 """
 
 import importlib.util
@@ -94,7 +94,7 @@ def population_conv2d(
     """
     out = _maps(images, kernels, stride, padding, channels_last)
     if _has_kernels(images):
-        from Gpt import convolution_kernels
+        from Gpt.population import convolution_kernels
 
         with torch.cuda.device(images.device):
             convolution_kernels.convolve(images, kernels, out, stride, padding)
@@ -116,7 +116,7 @@ def images_gradient(
     """Gradient `[P, N, C, H, W]` of `population_conv2d` by images of `size` H, W, every network's own."""
     out = _empty(gradient, (*gradient.shape[:2], kernels.shape[2], *size), channels_last)
     if _has_kernels(gradient):
-        from Gpt import convolution_kernels
+        from Gpt.population import convolution_kernels
 
         with torch.cuda.device(gradient.device):
             convolution_kernels.convolve_transposed(gradient, kernels, out, stride, padding)
@@ -133,7 +133,7 @@ def kernels_gradient(
     """Gradient `[P, O, C, h, w]` of `population_conv2d` by kernels of `size` h, w."""
     out = gradient.new_empty(len(gradient), gradient.shape[2], images.shape[2], *size)
     if _has_kernels(images):
-        from Gpt import convolution_kernels
+        from Gpt.population import convolution_kernels
 
         with torch.cuda.device(images.device):
             convolution_kernels.correlate(images, gradient, out, stride, padding)

@@ -10,11 +10,11 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 
-from Gpt import convolution
-from Gpt.convolution import differentiable_conv2d, population_conv2d, tell_compiler
 from Gpt.networks import MLP, ConvNet
-from Gpt.population import Population, population_gradient, prepared, stack_initial
-from Gpt.population_layers import PopulationConv2d, for_populations
+from Gpt.population import convolution
+from Gpt.population.convolution import differentiable_conv2d, population_conv2d, tell_compiler
+from Gpt.population.functional import Population, population_gradient, prepared, stack_initial
+from Gpt.population.layers import PopulationConv2d, for_populations
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 
@@ -50,7 +50,7 @@ def random_network(seed: int) -> nn.Sequential:
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    monkeypatch.setattr("Gpt.population.accelerated", lambda device: True)
+    monkeypatch.setattr("Gpt.population.functional.accelerated", lambda device: True)
 
 
 MODELS = {"ConvNet": ConvNet, "view": Flattened} | {
@@ -68,7 +68,7 @@ def test_populations_and_their_gradients_are_those_of_vmap(make, monkeypatch):
     labels = torch.randint(5, (3, 4), generator=rng("cpu", 3))
     found = []
     for fast in (False, True):
-        monkeypatch.setattr("Gpt.population.accelerated", lambda device, fast=fast: fast)
+        monkeypatch.setattr("Gpt.population.functional.accelerated", lambda device, fast=fast: fast)
         population, trained = Population(template, structure, weights), weights.clone()
         gradient = population_gradient(template, structure, shared[:1])(trained, own, labels)
         found.append([population(shared), population.each(own), gradient, trained])

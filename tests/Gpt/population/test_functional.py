@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from Gpt.networks import MLP, CartPoleActor, ConvNet
-from Gpt.population import Population, activations, piece, population_gradient, stack_initial
+from Gpt.population.functional import Population, activations, piece, population_gradient, stack_initial
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 
@@ -59,7 +59,7 @@ def test_networks_and_examples_come_in_pieces_without_a_trace(make, numbers, mon
     labels = torch.randint(10, (5, 7), generator=rng("cpu", 3))
     found = []
     for limit in (2**30, numbers):
-        monkeypatch.setattr("Gpt.population.CPU_NUMBERS", limit)
+        monkeypatch.setattr("Gpt.population.functional.CPU_NUMBERS", limit)
         population, trained = Population(template, structure, weights), weights.clone()
         gradient = population_gradient(template, structure, shared[:1])(trained, own, labels)
         found.append([population(shared), population.each(own), gradient, trained])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import Gpt
-from Gpt import attention
+from Gpt.models import attention
 from Gpt.seeds import rng
 
 SHAPES = {"one neuron token a head": (2, 3, 1, 16), "a dozen": (3, 2, 11, 32), "a full tile": (1, 2, 32, 16)}
@@ -17,7 +17,7 @@ TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol
 @pytest.fixture
 def device(triton_kernels, monkeypatch):
     """Where the operators run: with the kernels, which a CPU interprets."""
-    kernels, device = triton_kernels("Gpt.attention_kernels")
+    kernels, device = triton_kernels("Gpt.models.attention_kernels")
     monkeypatch.setattr(Gpt, "attention_kernels", kernels, raising=False)
     return device
 

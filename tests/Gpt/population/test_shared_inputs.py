@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from Gpt.networks import MLP, ConvNet
-from Gpt.population import Population
-from Gpt.shared_inputs import with_shared_inputs
+from Gpt.population.functional import Population
+from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.structure import Structure
 
 TEMPLATES = {
