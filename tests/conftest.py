@@ -1,5 +1,6 @@
 """Tests share a machine, several at a time: one torch thread each."""
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -18,21 +19,37 @@ def triton_kernels(request):
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a GPU")
-        yield lambda name: (importlib.import_module(name), torch.device("cuda"))
-        return
+        return lambda name: (importlib.import_module(name), torch.device("cuda"))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        # Decorators decide what interprets a function, those of Triton's own library too: everything is loaded anew.
-        for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
-            patch.delitem(sys.modules, name)
+    interpreting: dict = {}
 
-        def interpreted(name):
-            package, _, own_name = name.rpartition(".")
-            path = Path(importlib.import_module(package).__file__).with_name(f"{own_name}.py")
-            spec = importlib.util.spec_from_file_location(f"interpreted_{own_name}", path)
-            module = importlib.util.module_from_spec(spec)
+    def interpreted(name):
+        package, _, own_name = name.rpartition(".")
+        path = Path(importlib.import_module(package).__file__).with_name(f"{own_name}.py")
+        spec = importlib.util.spec_from_file_location(f"interpreted_{own_name}", path)
+        module = importlib.util.module_from_spec(spec)
+        with _another_triton(interpreting), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
             spec.loader.exec_module(module)
-            return module, torch.device("cpu")
+        return module, torch.device("cpu")
 
-        yield interpreted
+    return interpreted
+
+
+@contextlib.contextmanager
+def _another_triton(modules):
+    """Triton loaded a second time, in `modules`, and out of sight afterwards.
+
+    Decorators decide what interprets a function, those of Triton's own library too.
+    """
+    usual = _unload_triton()
+    sys.modules.update(modules)
+    yield
+    modules.update(_unload_triton())
+    sys.modules.update(usual)
+
+
+def _unload_triton():
+    """Triton's Python modules, which are forgotten; its library can be loaded once only, and stays."""
+    names = [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]
+    return {name: sys.modules.pop(name) for name in names}

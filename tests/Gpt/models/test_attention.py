@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import Gpt
+import Gpt.models
 from Gpt.models import attention
 from Gpt.seeds import rng
 
@@ -18,7 +18,7 @@ TOLERANCES = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float16: {"rtol
 def device(triton_kernels, monkeypatch):
     """Where the operators run: with the kernels, which a CPU interprets."""
     kernels, device = triton_kernels("Gpt.models.attention_kernels")
-    monkeypatch.setattr(Gpt, "attention_kernels", kernels, raising=False)
+    monkeypatch.setattr(Gpt.models, "attention_kernels", kernels, raising=False)
     return device
 
 

@@ -41,7 +41,7 @@ def test_outputs_are_those_of_the_networks_one_by_one(name, shared):
 
 def batched_products(template):
     population = Population(template, Structure.of(template), torch.randn(4, 83))
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
         population(torch.randn(9, 12))
     return {event.key: event.count for event in profile.key_averages()}["aten::bmm"]
 
