@@ -7,8 +7,8 @@ What a step of 2,048 MLPs 784-10-10 costs on an H100 (3 TB/s): mini-batches of 1
 once and read three times (to gather them, and for the products of either direction), 1.1 ms. In bfloat16, in which GPUs
 store the images and multiply, that is 0.55 ms; weights, gradients, momentum and sums stay in float32, 0.1 ms. The
 products are 8.4 GFLOP, which is nothing. The metrics of one snapshot are 2,048 networks on 17,000 images: 0.56 TFLOP in
-one product per split, 12 ms in float32 and 1.5 ms in TensorFloat-32, and ten passes over 1.4 GB of hidden units and
-logits, 5 ms.
+one product per split, 12 ms in float32 and 1.5 ms in TensorFloat-32, and ten passes over 0.7 GB of hidden units
+and logits, 2.5 ms.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from Gpt.tasks import Task
 
 TRAIN_METRIC_EXAMPLES = 2000
 CROP_PADDING = 4
+WINDOWS = 2 * (2 * CROP_PADDING + 1) ** 2  # offsets of a crop, times mirrored or not
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("cosine", "constant"),
@@ -123,11 +124,14 @@ class TrainingStep:
         inputs, self.labels = _train_data(task, device)
         precision = training_precision(task.template, device)
         stored = inputs.to(precision) if inputs.is_floating_point() else inputs
-        self.inputs = _padded(task, stored) if recipe.augmentation == "flip_crop" else stored
+        self.augmented = recipe.augmentation == "flip_crop"
+        self.inputs = _padded(task, stored) if self.augmented else stored
         self.slots = torch.arange(recipe.batch_size, device=device)
         self.gradient = population_gradient(task.template, task.structure, inputs[:1], precision)
         self.optimizer = optimizer(recipe, updates.trainable(task.template, task.structure).to(device))
-        self._run = torch.compile(self._step, dynamic=False) if compile else self._step
+        # Compiled apart: the compiler would repeat the draws of an image for each of its pixels.
+        parts = self.draw, self._update
+        self._draws, self._updates = [torch.compile(f, dynamic=False) for f in parts] if compile else parts
 
     def initial_state(self, run_ids: list[int], seed: int, label_map: Tensor | None = None) -> State:
         """Freshly initialised runs."""
@@ -144,26 +148,31 @@ class TrainingStep:
         return state
 
     def __call__(self, state: State) -> None:
-        self._run(state)
+        self._updates(state, *self._draws(state))
 
-    def _step(self, state: State) -> None:
-        inputs, labels = self.mini_batches(state)
-        gradient = self.gradient(state["weights"], inputs, labels)
-        self.optimizer(state, gradient, self._learning_rate(state["iteration"]))
-        state["iteration"] += 1
+    def draw(self, state: State) -> tuple[Int[Tensor, "R B"], Int[Tensor, "R B"]]:
+        """Every run's examples of the current iteration, and random numbers for their augmentation.
 
-    def mini_batches(self, state: State) -> tuple[Float[Tensor, "R B ..."], Int[Tensor, "R B"]]:
-        """Every run's inputs and labels of the current iteration; an epoch drops its last incomplete mini-batch."""
+        An epoch drops its last incomplete mini-batch.
+        """
         length, batch = len(self.labels), self.recipe.batch_size
         epoch, index = state["iteration"] // (length // batch), state["iteration"] % (length // batch)
         examples = permuted(state["batch_keys"], epoch, index * batch + self.slots, length)
+        return examples, below(random_words(state["augmentation_keys"], state["iteration"], self.slots), WINDOWS)
+
+    def mini_batches(
+        self, state: State, examples: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]
+    ) -> tuple[Float[Tensor, "R B ..."], Int[Tensor, "R B"]]:
+        """Every run's inputs and labels, of what `draw` gave."""
         labels = self.labels[examples]
         if "label_map" in state:
             labels = state["label_map"].gather(1, labels)
-        if self.recipe.augmentation == "none":
-            return self.inputs[examples], labels
-        words = random_words(state["augmentation_keys"], state["iteration"], self.slots)
-        return flip_crop(self.inputs, examples, words), labels
+        return flip_crop(self.inputs, examples, windows) if self.augmented else self.inputs[examples], labels
+
+    def _update(self, state: State, examples: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]) -> None:
+        gradient = self.gradient(state["weights"], *self.mini_batches(state, examples, windows))
+        self.optimizer(state, gradient, self._learning_rate(state["iteration"]))
+        state["iteration"] += 1
 
     def _learning_rate(self, iteration: Tensor) -> Tensor | float:
         if self.recipe.schedule == "constant":
@@ -214,29 +223,50 @@ def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> updat
 # --- augmentation -----------------------------------------------------------------------------------------------------
 
 
-def _padded(task: Task, inputs: Tensor) -> Float[Tensor, "N H W C"]:
+def _padded(task: Task, inputs: Tensor) -> Float[Tensor, "N height width C"]:
     """Zero-padded images, channels last, so that a crop of one image is one gather."""
     if inputs.dim() != 4:
         raise TaskError(
             f"task {task.name!r}: augmentation 'flip_crop' needs images [N, C, H, W], train_data_fn returned inputs of "
             f"shape {tuple(inputs.shape)}"
         )
-    return F.pad(inputs, [CROP_PADDING] * 4).permute(0, 2, 3, 1).contiguous()
+    return zero_padded(inputs)
+
+
+def zero_padded(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H+8 W+8 C"]:
+    """Images for `flip_crop`. Three channels of two bytes get a fourth in memory: a pixel is one number of eight."""
+    pixels = F.pad(images, [CROP_PADDING] * 4).permute(0, 2, 3, 1)
+    if _packs(pixels):
+        return F.pad(pixels, [0, 1])[..., :3]
+    return pixels.contiguous()
 
 
 def flip_crop(
-    padded: Float[Tensor, "N H W C"], index: Int[Tensor, "R B"], words: Int[Tensor, "R B"]
+    padded: Float[Tensor, "N H W C"], index: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]
 ) -> Float[Tensor, "R B C h w"]:
-    """Images `index`, cropped at one of the 9 x 9 offsets and mirrored with probability one half, as `words` say."""
+    """Images `index`, cropped at one of the 9 x 9 offsets and mirrored or not.
+
+    Args:
+        padded: from `zero_padded`.
+        windows: 0 ... `WINDOWS` - 1; the odd ones are mirrored.
+    """
     height, width = padded.shape[1] - 2 * CROP_PADDING, padded.shape[2] - 2 * CROP_PADDING
-    offsets = 2 * CROP_PADDING + 1
-    choice = below(words, 2 * offsets**2)[..., None]
+    offsets, choice = 2 * CROP_PADDING + 1, windows[..., None]
     flip, down, right = choice % 2 == 1, choice // 2 % offsets, choice // (2 * offsets)
     x = torch.arange(width, device=padded.device)
     rows = torch.arange(height, device=padded.device) + down
     columns = torch.where(flip, width - 1 - x, x) + right
-    crops = padded[index[..., None, None], rows[..., :, None], columns[..., None, :]]
+    place = index[..., None, None], rows[..., :, None], columns[..., None, :]
+    if _packs(padded):
+        words = padded.as_strided((*padded.shape[:3], 4), padded.stride()).view(torch.int64)[..., 0]
+        crops = words[place][..., None].view(padded.dtype)[..., :3]
+    else:
+        crops = padded[place]
     return crops.permute(0, 1, 4, 2, 3)
+
+
+def _packs(pixels: Float[Tensor, "N H W C"]) -> bool:
+    return pixels.shape[-1] == 3 and pixels.element_size() == 2
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -268,21 +298,25 @@ def cross_entropy_and_error(
     inputs: Float[Tensor, "N ..."],
     labels: Int[Tensor, " N"],
     label_map: Int[Tensor, "P classes"] | None = None,
+    half: bool | None = None,
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Mean cross-entropy (nats) and top-1 error (percent) of P networks, in pieces of bounded memory.
 
-    On a GPU the products are in TensorFloat-32, of which labels and prompts notice nothing; what is reported of a
-    network in the end is measured by `Gpt.evaluation`, in float32.
+    Args:
+        half: feature maps and logits in float16, which rounds as TensorFloat-32 does: labels and prompts notice
+            nothing. By default on a GPU, and float32 for networks that leave float16's range. What is reported of a
+            network in the end is measured by `Gpt.evaluation`, in float32.
     """
     population = Population(with_shared_inputs(task.template), task.structure, weights)
     networks, examples = population.piece(inputs)
     sums = _compiled_sums() if weights.is_cuda else loss_and_error_sums
+    half = weights.is_cuda if half is None else half
     losses, errors = [], []
     for p in range(0, len(weights), networks):
         population.weights = weights[p : p + networks]
         loss, error = torch.zeros(2, len(population), device=weights.device)
         for n in range(0, len(inputs), examples):
-            with _tensor_float_32(weights.device):
+            with _half_precision(weights.device) if half else contextlib.nullcontext():
                 logits = population(inputs[n : n + examples]).float()
             wanted = labels[n : n + examples].expand(logits.shape[:-1])
             if label_map is not None:
@@ -292,16 +326,20 @@ def cross_entropy_and_error(
             error += part_error
         losses.append(loss / len(inputs))
         errors.append(100 * error / len(inputs))
-    return torch.cat(losses), torch.cat(errors)
+    loss, error = torch.cat(losses), torch.cat(errors)
+    if half and (beyond := ~loss.isfinite()).any():
+        own_map = None if label_map is None else label_map[beyond.to(label_map.device)]
+        loss[beyond], error[beyond] = cross_entropy_and_error(task, weights[beyond], inputs, labels, own_map, False)
+    return loss, error
 
 
 @contextlib.contextmanager
-def _tensor_float_32(device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 tensors in TensorFloat-32 on a GPU; a CPU's stay as they are."""
+def _half_precision(device: torch.device) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    torch.set_float32_matmul_precision("high")  # of layers that autocast does not know
     try:
-        yield
+        with torch.autocast(device.type, torch.float16):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -25,6 +25,7 @@ CASES = {  # networks, examples, channels, maps, size, taps, stride, padding, sh
     "first layer": (2, 3, 3, 5, (8, 7), (3, 3), (2, 2), (1, 1), False, channels_last, torch.float32),
     "second layer, half": (2, 3, 16, 20, (6, 6), (3, 3), (1, 1), (1, 1), False, channels_last, torch.float16),
     "shared images": (3, 2, 5, 4, (7, 9), (2, 3), (1, 2), (0, 2), True, contiguous, torch.float32),
+    "a wide window": (2, 3, 3, 5, (8, 7), (5, 4), (1, 2), (2, 1), False, channels_last, torch.float32),
     "several blocks": (1, 9, 70, 66, (4, 4), (1, 1), (1, 1), (0, 0), False, contiguous, torch.float32),
     "stride beyond the taps": (2, 2, 4, 3, (9, 9), (2, 2), (3, 3), (1, 0), False, channels_last, torch.float32),
 }
