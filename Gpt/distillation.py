@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 from Gpt.errors import ConfigError
 from Gpt.generator import Distillation
 from Gpt.population.functional import prepared
+from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SupervisedRecipe
 from Gpt.tasks import Task
 
@@ -51,7 +52,7 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
     @cache
     def on(device: torch.device) -> tuple[Tensor, torch.nn.Module]:
         inputs = task.data("train")[0].to(device)
-        return inputs, prepared(task.constructor(), inputs[:1])[0]
+        return inputs, prepared(with_shared_inputs(task.constructor()), inputs[:1])[0]
 
     def divergence(estimate: Float[Tensor, "B D"], target: Float[Tensor, "B D"], rng: torch.Generator) -> Tensor:
         inputs, net = on(target.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def with_shared_inputs(template: nn.Module) -> nn.Module:
-    """A copy whose linear layers batch over weights in one product; for `vmap` without gradients."""
+    """A copy whose linear layers batch over weights in one product; for `vmap`, with gradients taken outside of it."""
     net = copy.deepcopy(template)
     for module in net.modules():
         if type(module) is nn.Linear:
@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        """Nothing is kept: there are no gradients."""
+        """Nothing is kept: gradients are those of the product in `vmap`."""
 
     @staticmethod
     def vmap(info, in_dims: tuple, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:

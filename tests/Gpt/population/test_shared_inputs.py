@@ -1,5 +1,7 @@
 """One product for all networks: the same numbers as a product for each, with shared inputs and with their own."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,21 @@ def test_outputs_are_those_of_the_networks_one_by_one(name, shared):
     for i in range(4):
         own = inputs if shared else inputs[i]
         torch.testing.assert_close(found[i], functional_call(template, structure.unflatten(weights[i]), (own,)))
+
+
+def test_gradients_outside_vmap_are_those_of_the_networks_one_by_one():
+    template = MLP(12, 5, 3).double()
+    structure, generator = Structure.of(template), torch.Generator().manual_seed(0)
+    weights = torch.randn(4, structure.size, generator=generator, dtype=torch.float64, requires_grad=True)
+    inputs = torch.randn(9, 12, generator=generator, dtype=torch.float64)
+
+    def one(row, net):
+        return functional_call(net, structure.unflatten(row), (inputs,))
+
+    together = vmap(partial(one, net=with_shared_inputs(template)))(weights)
+    alone = torch.stack([one(row, template) for row in weights])
+    found, expected = [torch.autograd.grad(outputs.sin().sum(), weights)[0] for outputs in (together, alone)]
+    torch.testing.assert_close(found, expected)
 
 
 def batched_products(template):
