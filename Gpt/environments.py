@@ -153,6 +153,12 @@ def rollout_returns(
     return episode_returns(policy, start.expand(networks, num_envs, 4))
 
 
+def scattered_states(count: int, rng: torch.Generator) -> Float[Tensor, "count 4"]:
+    """States to compare policies in: start states, nearer to rest or further from it, from a tenth to ten times."""
+    scale = 10 ** (2 * torch.rand(count, 1, generator=rng, device=rng.device) - 1)
+    return scale * CartPole().reset((count,), rng)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Which start states judge a network: `episodes` of them, the same ones on every device, a function of `seed`."""

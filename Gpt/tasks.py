@@ -21,6 +21,8 @@ Optional keys:
     checkpoints         folder of existing checkpoints to import instead of, or before, collecting
     zoo                 name of the zoo; tasks that share networks share a zoo (default: the task's name)
     correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty
+    behaviour           a `Gpt.behaviour.Behaviour`: what distillation compares networks by (default: the predictions
+                        of classifiers on training inputs)
     conditions          names of the conditions the task can be prompted with (default ("target_metric",))
     family              a `Gpt.masks.MaskSplit`: not one task but one for each class mask. task_test_fn and correct_fn
                         take the mask as last item of the data, (x, y, mask, net), Bool [classes], or [P, classes] with
@@ -47,6 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from Gpt.adapters.family import AdapterFamily
+from Gpt.behaviour import Behaviour
 from Gpt.catalogue import adapters, cartpole, vision, whole
 from Gpt.errors import ConfigError, StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
@@ -78,6 +81,7 @@ class Task:
     checkpoints: str | None = None
     zoo: str | None = None
     correct_fn: Callable[..., Tensor] | None = None
+    behaviour: Behaviour | None = None
     conditions: tuple[str, ...] = ("target_metric",)
     family: MaskSplit | AdapterFamily | None = None
     vocabulary: str | None = None
@@ -245,6 +249,7 @@ _EXPECTED = {
     "checkpoints": "the path of a folder, as a string",
     "zoo": "a string",
     "correct_fn": "a function (*data, net) -> bool tensor",
+    "behaviour": "a Gpt.behaviour.Behaviour",
     "conditions": "a tuple of condition names",
     "family": "a Gpt.masks.MaskSplit or Gpt.adapters.family.AdapterFamily",
     "vocabulary": "a string",
@@ -260,6 +265,8 @@ def _check_value(name: str, key: str, value: Any) -> None:
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     elif key == "metric":
         ok = value in METRICS
+    elif key == "behaviour":
+        ok = isinstance(value, Behaviour)
     elif key == "recipe":
         ok = isinstance(value, Recipe)
     elif key == "symmetry":

@@ -3,6 +3,7 @@
 from typing import Any
 
 from Gpt import environments
+from Gpt.behaviour import Behaviour, action_divergence
 from Gpt.networks import CartPoleActor
 from Gpt.recipes import PpoRecipe
 
@@ -19,5 +20,6 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric": "return",
         "batched": True,
         "recipe": PpoRecipe(),
+        "behaviour": Behaviour(environments.scattered_states, action_divergence),
     },
 }

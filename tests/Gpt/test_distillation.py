@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from Gpt import environments
 from Gpt.conditions import Conditions, prompt_features
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.distillation import DistillationConfig, distillation
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.models.gpt import Gpt, GptConfig
-from Gpt.population.functional import stack_initial
+from Gpt.population.functional import Population, stack_initial
 from Gpt.seeds import rng
 from Gpt.tasks import get_task
 from rpg.generator import Rpg, RpgConfig
@@ -98,6 +99,21 @@ def test_learning_from_behaviour_finds_the_behaviour(task, networks):
     assert term(weights, networks[1:2], rng("cpu", 0)).item() < 0.2 * first
 
 
-def test_tasks_without_classes_are_refused():
+def test_policies_are_compared_by_their_actions():
+    """The log of the spread is a weight that changes no mean action."""
+    task = get_task("cartpole")
+    policies = 2 * stack_initial(task.constructor, task.structure, [1, 2])
+    term = distillation(task, EVERY)
+    louder = task.structure.unflatten(policies)
+    louder = task.structure.flatten(louder | {"log_std": louder["log_std"] + 1})
+    assert not torch.equal(louder, policies) and term(louder, policies, rng("cpu", 0)) == 0
+    states = environments.scattered_states(50, rng("cpu", 0))
+    actions = Population(task.template, task.structure, policies)(states).tanh()
+    expected = 2 * 0.5 * ((actions[0] - actions[1]) / 0.1).square().mean()
+    torch.testing.assert_close(term(policies[:1], policies[1:], rng("cpu", 0)), expected)
+
+
+def test_tasks_that_do_not_say_what_networks_do_are_refused():
+    task = dataclasses.replace(get_task("cartpole"), behaviour=None)
     with pytest.raises(ConfigError, match=r"distillation.weight=2 .*'cartpole'.*distillation.weight=0"):
-        distillation(get_task("cartpole"), EVERY)
+        distillation(task, EVERY)
