@@ -21,10 +21,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torchvision
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.loop import time_training
 from benchmarks.timing import Bench, measure, parser
@@ -36,7 +34,7 @@ from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.training import TrainerConfig
 from rpg.generator import IDENTITY, Rpg, RpgConfig
-from rpg.paper import BASE_CHANNELS, RpgPaper, RpgPaperConfig, TokenDenoiser, time_features
+from rpg.paper import BASE_CHANNELS, RpgPaper, RpgPaperConfig, TokenDenoiser
 
 RPG = RpgConfig(policy="within_layer", token_size=8192, width=1024, depth=12, heads=16)
 TRAINER = TrainerConfig(batch_size=8, learning_rate=3e-5, precision="bfloat16", max_grad_norm=None, ema_decay=0.999)
@@ -136,44 +134,22 @@ def sample(model: Model, sampler: tuple[str, int] | None, compile: bool, bench: 
     )
 
 
-def denoise(layout: str, bench: Bench, repeats: int) -> dict[str, Any]:
-    """Forward and backward pass of the published denoiser alone: which memory layout its convolutions should have."""
+def denoise(compiled: bool, bench: Bench, repeats: int) -> dict[str, Any]:
+    """Forward and backward pass of the published denoiser alone."""
     size, count = (64, 4) if bench.small else (8192, 1024)
     with bench.device:
         denoiser = TokenDenoiser(size, size, BASE_CHANNELS)
         x, t, prototypes = torch.randn(count, size), torch.full((count,), 7.0), torch.randn(count, size)
-    network: Callable[..., Tensor] = denoiser if layout == "conv1d" else partial(denoise_channels_last, denoiser)
-    if not bench.small:
-        network = torch.compile(network)
+    if compiled:
+        denoiser.compile()
 
     def step() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16):
-            loss = network(x, t, prototypes).float().square().mean()
+            loss = denoiser(x, t, prototypes).float().square().mean()
         loss.backward()
         denoiser.zero_grad()
 
     return measure(step, bench.device, warmup=3, repeats=repeats).facts(tokens=count)
-
-
-def denoise_channels_last(
-    denoiser: TokenDenoiser, x: Float[Tensor, "N K"], t: Float[Tensor, " N"], prototypes: Float[Tensor, "N width"]
-) -> Float[Tensor, "N K"]:
-    """A training pass of `denoiser` with the channels of one place side by side, as tensor cores read them."""
-    condition = denoiser.condition(prototypes)[:, None, None]
-    time = denoiser.time(time_features(t))[:, None, None]
-    x = x[:, None, None].contiguous(memory_format=torch.channels_last)
-    outputs: list[Tensor] = []
-    for i, layer in enumerate(denoiser.convolutions):
-        if i > len(denoiser.convolutions) // 2:
-            x = x + outputs[len(denoiser.convolutions) - 1 - i]
-        convolution, *rest = layer if isinstance(layer, nn.Sequential) else (layer,)
-        kernel = convolution.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        x = F.conv2d((x + condition) * time, kernel, convolution.bias, padding=(0, kernel.shape[-1] // 2))
-        if rest:
-            norm = rest[0]
-            x = F.elu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps))
-        outputs.append(x)
-    return x[:, 0, 0]
 
 
 def sizes(generator: Generator) -> dict[str, int]:
@@ -186,18 +162,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run the cases that are asked for; returns their records."""
     bench = Bench(parser(__doc__).parse_args(arguments))
     warmup, repeats = (1, 1) if bench.small else (4, 10)
+    modes = (False,) if bench.small else (False, True)
     for name, model in (SMALL_MODELS if bench.small else MODELS).items():
         published = isinstance(model.config, RpgPaperConfig)
         samplers = [("ddim", 60), ("ddpm", 1000)] if published and not bench.small else [None]
-        for compiled in (False,) if bench.small else (False, True):
+        for compiled in modes:
             suffix = "compiled" if compiled else "eager"
             bench.case(f"train/{name}/{suffix}", partial(train, model, compiled, bench, warmup, repeats))
             for sampler in samplers:
                 label = "" if sampler is None else f"/{sampler[0]}"
                 work = partial(sample, model, sampler, compiled, bench, 1 if bench.small else 5)
                 bench.case(f"sample/{name}{label}/{suffix}", work)
-    for layout in ("conv1d", "channels last"):
-        bench.case(f"denoiser/{layout}", partial(denoise, layout, bench, 1 if bench.small else 10))
+    for compiled in modes:
+        label = "compiled" if compiled else "eager"
+        bench.case(f"denoiser/{label}", partial(denoise, compiled, bench, 1 if bench.small else 10))
     return bench.finish()
 
 

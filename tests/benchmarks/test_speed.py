@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import all as everything
 from benchmarks import gpt_speed, growth, profile_step, rpg_speed, timing, zoo_speed
 from Gpt.models.gpt_paper import GptPaper
-from Gpt.seeds import rng
 from rpg.tokens import token_sizes
 
 SMALL = ["--small", "--device", "cpu"]
@@ -47,17 +46,8 @@ def test_the_published_sizes_are_the_published_ones():
 def test_rpg_speed():
     records = named(rpg_speed.main(SMALL))
     whole = {f"{work}/{model}/eager" for work in ("train", "sample") for model in rpg_speed.SMALL_MODELS}
-    assert set(records) == whole | {"denoiser/conv1d", "denoiser/channels last"}
+    assert set(records) == whole | {"denoiser/eager"}
     assert all(records[name]["weights"] == 5370 for name in whole)
-
-
-def test_both_layouts_of_the_published_denoiser_are_one_function():
-    denoiser = rpg_speed.TokenDenoiser(12, 6, (1, 4, 6, 8, 6, 4, 1)).double().train()
-    denoiser.time.float()
-    generator = rng("cpu", 0, "layouts")
-    x, prototypes = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (12, 6))
-    found = rpg_speed.denoise_channels_last(denoiser, x, torch.arange(5.0), prototypes)
-    torch.testing.assert_close(found, denoiser(x, torch.arange(5.0), prototypes))
 
 
 def test_zoo_speed(monkeypatch):
