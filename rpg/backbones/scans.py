@@ -26,19 +26,27 @@ def state_space_dual(
     Consecutive heads share the b and c of their group. Gives y and the last S. log_decay must not be positive. This is
     the block decomposition of Dao & Gu 2024, section 6.
     """
-    groups = b.shape[2]
-    x, log_decay = x.unflatten(2, (groups, -1)), log_decay.unflatten(2, (groups, -1))  # r: heads of a group
-    state = state.unflatten(1, (groups, -1))
-    outputs = []
-    for x_, decay_, b_, c_ in zip(*(t.split(CHUNK, dim=1) for t in (x, log_decay, b, c)), strict=True):
-        total = decay_.movedim(1, -1).cumsum(-1)  # [batch, groups, r, time]: since the chunk began
-        scores = torch.einsum("bign,bjgn->bgij", c_, b_)[:, :, None] * _pairwise_decay(total)
-        inside = torch.einsum("bgrij,bjgrp->bigrp", scores, x_)
-        before = torch.einsum("bign,bgrpn->bigrp", c_, state) * total.exp().movedim(-1, 1)[..., None]
-        outputs.append(inside + before)
-        to_end = (total[..., -1:] - total).exp().movedim(-1, 1)[..., None]
-        state = total[..., -1].exp()[..., None, None] * state + torch.einsum("bjgrp,bjgn->bgrpn", x_ * to_end, b_)
-    return torch.cat(outputs, dim=1).flatten(2, 3), state.flatten(1, 2)
+    groups, length = b.shape[2], x.shape[1]
+    chunk = min(CHUNK, length)
+    ragged = -length % chunk
+    # A padded step has no input and decay 1: it leaves the state as it is. All chunks at once, but for their states.
+    x, b, c = (F.pad(t, (0, 0, 0, 0, 0, ragged)).unflatten(1, (-1, chunk)) for t in (x, b, c))
+    log_decay = F.pad(log_decay, (0, 0, 0, ragged)).unflatten(1, (-1, chunk))
+    x, log_decay = x.unflatten(3, (groups, -1)), log_decay.unflatten(3, (groups, -1))  # r: heads of a group
+    total = log_decay.movedim(2, -1).cumsum(-1)  # [batch, chunks, groups, r, time]: since the chunk began
+    scores = torch.einsum("bmign,bmjgn->bmgij", c, b)[:, :, :, None] * _pairwise_decay(total)
+    inside = torch.einsum("bmgrij,bmjgrp->bmigrp", scores, x)
+
+    to_end = (total[..., -1:] - total).exp().movedim(-1, 2)[..., None]
+    added = torch.einsum("bmjgrp,bmjgn->bmgrpn", x * to_end, b)
+    kept = total[..., -1].exp()[..., None, None]
+    state, states = state.unflatten(1, (groups, -1)), []
+    for kept_, added_ in zip(kept.unbind(1), added.unbind(1), strict=True):
+        states.append(state)
+        state = torch.addcmul(added_, kept_, state)
+    before = torch.einsum("bmign,bmgrpn->bmigrp", c, torch.stack(states, 1))
+    y = inside + before * total.exp().movedim(-1, 2)[..., None]
+    return y.flatten(1, 2)[:, :length].flatten(2, 3), state.flatten(1, 2)
 
 
 def _pairwise_decay(total: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch time time"]:
