@@ -7,6 +7,8 @@
     python playground.py --config-name digits_mask_rpg mask=1010101010               or in bits, class 0 first
     python playground.py --config-name digits_text_rpg prompt="one, two and nine"    the sentence itself is the prompt
     python playground.py --config-name digits_rpg            unprompted
+    python playground.py --config-name lora_tiny prompt="Give the first word."       a LoRA adapter for a language task
+    python playground.py --config-name lora_tiny prompts=tasks.jsonl out=adapters    a batch of them
 
 Every network starts from a fresh initialisation (or from noise alone, if the generator needs no start). What is left in
 the run folder, under playground/:
@@ -14,6 +16,9 @@ the run folder, under playground/:
     network-000.safetensors …   a complete state_dict each
     networks.json               what was asked for, and what each network measures
     walk.gif                    one start, one prompt, a closed loop of noise: first-layer filters and the metric
+
+An adapter is a folder that `peft` loads. All lines of a text file of prompts describe one task; in a file that ends in
+.jsonl every line is a task, {"task": "name", "prompts": ["…", "…"]}, with a folder of that name.
 """
 
 import dataclasses
@@ -25,17 +30,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from jaxtyping import Bool, Float
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiment import Experiment
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
 from Gpt.config import RunConfig, checked
@@ -43,17 +45,23 @@ from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.reading import kept_reader
+from Gpt.evaluation.writing import Request, Writer
 from Gpt.generator import Generator, Prompt
 from Gpt.masks import MaskSplit
 from Gpt.population.functional import stack_initial
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
+from Gpt.run.command_line import guard, launch
+from Gpt.run.experiment import Experiment
+from Gpt.run.folder import stored_config
 from Gpt.seeds import derive_seed, rng
 from Gpt.tasks import Task
 from Gpt.vocabulary import CLASSES
-from main import check_arguments, guard, typed_config
 from rpg.generator import IDENTITY
+from rpg.write_adapter import read_tasks, write_adapter
 
+COUNT = 8
+WORDS = ("prompt", "prompts", "mask", "base_name", "out")  # options whose values are taken as they are
 WHERE = ("run.", "data.root=", "device=")  # say where the run and its data are, and change nothing about it
 
 
@@ -62,10 +70,13 @@ class PlaygroundConfig:
     """Options of this script; all others are those of main.py and say which run the generator is from.
 
     Attributes:
-        count: networks to write.
+        count: networks to write, 8 where it is left out.
         wanted: metric to ask for, in the task's plain units; the task's best prompt when None.
-        prompt: sentence that says which classes count as positive (tasks with a family of class masks).
-        mask: the same in bits, the first class first.
+        prompt: sentence that says which classes count as positive (tasks with a family of class masks), or what an
+            adapter is for.
+        prompts: file of prompts that adapters are for.
+        mask: the classes in bits, the first class first.
+        base_name: what an adapter's folder says that its base model is called.
         seed: names the starting networks and the noise.
         steps, guidance: of the sampler, see `Generator.sample`.
         keyframes: noises that the walk passes through; 0 for no walk.
@@ -73,10 +84,12 @@ class PlaygroundConfig:
         out: folder to write to; `playground` in the run folder when None.
     """
 
-    count: PositiveInt = 8
+    count: PositiveInt | None = None
     wanted: FiniteFloat | None = None
     prompt: str | None = None
+    prompts: str | None = None
     mask: str | None = None
+    base_name: str = ""
     seed: int = 0
     steps: PositiveInt | None = None
     guidance: FiniteFloat = 1.0
@@ -84,9 +97,14 @@ class PlaygroundConfig:
     frames: PositiveInt = 20
     out: str | None = None
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of `Generator.sample`."""
+        return {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+
 
 @dataclass(frozen=True)
-class Request:
+class Wish:
     """What every network is asked for.
 
     Attributes:
@@ -99,84 +117,31 @@ class Request:
     mask: Bool[Tensor, " classes"] | None = None
     told: Prompt = field(default_factory=dict)
 
+    def request(self, count: int, starts: Starts | None, device: torch.device) -> Request:
+        """The wish for `count` networks, from the starts in turn."""
+        prompt = {name: value.to(device).expand(count, *value.shape) for name, value in self.told.items()}
+        rows = torch.arange(count) % (len(starts.weights) if starts else 1)
+        if self.wanted is not None:
+            before = starts.metric[rows].float() if starts else torch.full((count,), torch.nan)
+            prompt["target_metric"] = torch.stack([before, torch.full_like(before, self.wanted)], 1).to(device)
+        return Request(count, prompt, starts.weights[rows] if starts else None)
+
 
 def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
-    """Write the networks and the walk; returns the folder.
+    """Write networks and the walk, or adapters; returns the folder.
 
     Raises:
         CheckpointError: there is no trained generator; says which command trains it.
         ConfigError: the generator cannot be asked for that.
+        DataError: the file of prompts cannot be read.
     """
-    task, metric = experiment.task, f"validation_{experiment.task.metric}"
     generator = trained_generator(experiment)
-    request = asked(experiment, config)
     folder = Path(config.out) if config.out else experiment.folder / "playground"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    write = Author(generator, request, config, experiment.config.evaluation.max_batch, experiment.device)
-    starts = fresh_starts(task, config, request.mask, experiment.device) if generator.needs_start else None
-    weights = write(config.count, starts)
-    scores = {f"start_{metric}": starts.metric} if starts else {}
-    scores |= measured(task, weights, "validation", request.mask) | measured(task, weights, "test", request.mask)
-    if request.wanted is not None:
-        print(f"asked for {metric.replace('_', ' ')} {request.wanted:g}")
-    elif request.mask is None:
-        print("unprompted")
-    print(networks_table(scores))
-    networks = []
-    for i, row in enumerate(weights.cpu()):
-        file = f"network-{i:03d}.safetensors"
-        save_file(task.structure.state_dict(row), folder / file)
-        networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
-    understood = {"wanted": request.wanted, "mask": None if request.mask is None else bits(request.mask)}
-    options = dataclasses.asdict(config) | understood
-    facts = {"task": task.name, "run": str(experiment.folder), "options": options, "networks": networks}
-    if config.keyframes:
-        along = walk(write, task, starts, folder / "walk.gif")
-        facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
-    (folder / "networks.json").write_text(json.dumps(facts, indent=1))
-    print(f"{config.count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
+    if isinstance(experiment.task.family, AdapterFamily):
+        write_adapters(generator, experiment.task, config, folder)
+    else:
+        write_networks(generator, experiment, config, folder)
     return folder
-
-
-@dataclass(frozen=True)
-class Author:
-    """A generator with one request, `max_batch` networks at a time."""
-
-    generator: Generator
-    request: Request
-    config: PlaygroundConfig
-    max_batch: int
-    device: torch.device
-
-    def __call__(
-        self, count: int, starts: Starts | None = None, noise: Float[Tensor, "n ..."] | None = None
-    ) -> Float[Tensor, "n D"]:
-        """`count` networks, from the starts in turn, and from the given noise or from noise that the seed names."""
-        parts = []
-        for rows in torch.arange(count).split(self.max_batch):
-            start = rows % len(starts.weights) if starts else rows
-            metric = starts.metric[start] if starts else torch.full((len(rows),), torch.nan)
-            parts.append(
-                self.generator.sample(
-                    self._prompt(metric.float().to(self.device)),
-                    starts.weights[start] if starts else None,
-                    count=len(rows),
-                    steps=self.config.steps,
-                    guidance=self.config.guidance,
-                    seed=derive_seed(self.config.seed, "playground", int(rows[0])),
-                    noise=None if noise is None else noise[rows],
-                )
-            )
-        return torch.cat(parts)
-
-    def _prompt(self, metric: Float[Tensor, " n"]) -> Prompt:
-        """`metric`: of the starts, NaN where there is none."""
-        told = self.request.told.items()
-        prompt = {name: value.to(metric.device).expand(len(metric), *value.shape) for name, value in told}
-        if self.request.wanted is not None:
-            prompt["target_metric"] = torch.stack([metric, torch.full_like(metric, self.request.wanted)], 1)
-        return prompt
 
 
 def trained_generator(experiment: Experiment) -> Generator:
@@ -184,13 +149,7 @@ def trained_generator(experiment: Experiment) -> Generator:
 
     Raises:
         CheckpointError: it was not trained yet.
-        ConfigError: it writes adapters of a language model, which have a command of their own.
     """
-    if isinstance(experiment.task.family, AdapterFamily):
-        command = f"python -m rpg.write_adapter --run {experiment.folder} --prompt … --output …"
-        raise ConfigError(
-            f"task {experiment.task.name!r} is about adapters of a language model; write one with: {command}"
-        )
     if experiment.config.resume_path is None and not experiment.checkpoints.exists():
         settings = [f"run.name={experiment.config.run.name}"] if experiment.config.run.name else []
         command = shlex.join(["python", "main.py", "--config-name", experiment.name, *settings])
@@ -198,21 +157,70 @@ def trained_generator(experiment: Experiment) -> Generator:
     return experiment.trained()
 
 
-def asked(experiment: Experiment, config: PlaygroundConfig) -> Request:
+def write_adapters(generator: Generator, task: Task, config: PlaygroundConfig, folder: Path) -> None:
+    """One adapter for every task that prompts describe.
+
+    Raises:
+        ConfigError: it is not said by prompts, and by prompts alone, what the adapters are for.
+        DataError: the file of prompts cannot be read.
+    """
+    if config.wanted is not None or config.mask is not None or config.count not in (None, 1):
+        raise ConfigError("wanted, mask, count: adapters are written for prompts alone, one for each task")
+    if (config.prompt is None) == (config.prompts is None):
+        raise ConfigError('say what the adapter is for, by prompt="Give the last word." or by prompts=FILE')
+    tasks = {"": [config.prompt]} if config.prompt is not None else read_tasks(Path(config.prompts or ""))
+    for name, prompts in tasks.items():
+        seconds = write_adapter(generator, task, prompts, folder / name, config.base_name, **config.sampling)
+        print(f"{folder / name}: an adapter, {1000 * seconds:.0f} ms from text to weights; prompts: {len(prompts)}")
+
+
+def write_networks(generator: Generator, experiment: Experiment, config: PlaygroundConfig, folder: Path) -> None:
+    """Networks, what they measure, and a walk."""
+    task, metric, device = experiment.task, f"validation_{experiment.task.metric}", experiment.device
+    wish, count = asked(experiment, config), config.count or COUNT
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = Writer(generator, max_batch=experiment.config.evaluation.max_batch, **config.sampling)
+    starts = fresh_starts(task, count, config.seed, wish.mask, device) if generator.needs_start else None
+    weights = writer(wish.request(count, starts, device), "playground")
+    scores = {f"start_{metric}": starts.metric} if starts else {}
+    scores |= measured(task, weights, "validation", wish.mask) | measured(task, weights, "test", wish.mask)
+    if wish.wanted is not None:
+        print(f"asked for {metric.replace('_', ' ')} {wish.wanted:g}")
+    elif wish.mask is None:
+        print("unprompted")
+    print(networks_table(scores))
+    networks = []
+    for i, row in enumerate(weights.cpu()):
+        file = f"network-{i:03d}.safetensors"
+        save_file(task.structure.state_dict(row), folder / file)
+        networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
+    understood = {"wanted": wish.wanted, "mask": None if wish.mask is None else bits(wish.mask), "count": count}
+    options = dataclasses.asdict(config) | understood
+    facts = {"task": task.name, "run": str(experiment.folder), "options": options, "networks": networks}
+    if config.keyframes:
+        along = walk(writer, wish, config, task, starts, folder / "walk.gif")
+        facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
+    (folder / "networks.json").write_text(json.dumps(facts, indent=1))
+    print(f"{count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
+
+
+def asked(experiment: Experiment, config: PlaygroundConfig) -> Wish:
     """What the options ask for, as far as this generator can be asked.
 
     Raises:
         ConfigError: it cannot be asked for that, or has to be told more.
     """
+    if config.prompts is not None or config.base_name:
+        raise ConfigError("prompts, base_name: they are for adapters of a language model; give one sentence, prompt=…")
     wanted = asked_metric(experiment, config)
     if experiment.task.family is not None:
-        return Request(wanted, *asked_classes(experiment, config))
+        return Wish(wanted, *asked_classes(experiment, config))
     if config.prompt is not None or config.mask is not None:
         raise ConfigError(
             f"prompt, mask: task {experiment.task.name!r} is a single task; networks for chosen classes come from a "
             "family of class masks, such as --config-name digits_mask_rpg"
         )
-    return Request(wanted)
+    return Wish(wanted)
 
 
 def asked_metric(experiment: Experiment, config: PlaygroundConfig) -> float | None:
@@ -300,32 +308,34 @@ def measured(
 
 
 def fresh_starts(
-    task: Task, config: PlaygroundConfig, mask: Bool[Tensor, " classes"] | None, device: torch.device
+    task: Task, count: int, seed: int, mask: Bool[Tensor, " classes"] | None, device: torch.device
 ) -> Starts:
     """New initialisations, which no zoo holds."""
-    seeds = [derive_seed(config.seed, "playground", "start", i) for i in range(config.count)]
+    seeds = [derive_seed(seed, "playground", "start", i) for i in range(count)]
     weights = stack_initial(task.constructor, task.structure, seeds).to(device)
     return Starts("fresh starts", weights, measured(task, weights, "validation", mask)[f"validation_{task.metric}"])
 
 
-def walk(write: Author, task: Task, starts: Starts | None, path: Path) -> Float[Tensor, " networks"]:
+def walk(
+    writer: Writer, wish: Wish, config: PlaygroundConfig, task: Task, starts: Starts | None, path: Path
+) -> Float[Tensor, " networks"]:
     """Animate the networks along a closed loop of noise, from the first start; returns their validation metrics.
 
     A generator of several runs' networks keeps to the first run's identity.
     """
-    config, name = write.config, f"validation_{task.metric}"
-    generator = rng(write.device, config.seed, "playground", "walk")
-    shape = config.keyframes, *write.generator.noise_shape
-    loop = slerp_loop(torch.randn(shape, generator=generator, device=write.device), config.frames)
-    if getattr(write.generator, "identities", None) is not None:
-        told = write.request.told | {IDENTITY: torch.tensor(0)}
-        write = replace(write, request=replace(write.request, told=told))
+    generator, name = writer.generator, f"validation_{task.metric}"
+    device = next(generator.parameters()).device
+    shape = config.keyframes, *generator.noise_shape
+    keyframes = torch.randn(shape, generator=rng(device, config.seed, "playground", "walk"), device=device)
+    if generator.identities is not None:
+        wish = replace(wish, told=wish.told | {IDENTITY: torch.tensor(0)})
     first = starts and replace(starts, weights=starts.weights[:1], metric=starts.metric[:1])
     filters, metric = [], []
-    for noise in loop.split(config.frames):  # large networks: an arc at a time is all that is kept
-        weights = write(len(noise), first, noise)
-        filters.append(first_layer_filters(task.structure, weights))
-        metric.append(measured(task, weights, "validation", write.request.mask)[name])
+    for noise in slerp_loop(keyframes, config.frames).split(min(config.frames, writer.max_batch)):
+        request = wish.request(len(noise), first, device)
+        weights = generator.sample(request.prompt, request.start, count=len(noise), noise=noise, **config.sampling)
+        filters.append(first_layer_filters(task.structure, weights))  # of large networks, all that is kept
+        metric.append(measured(task, weights, "validation", wish.mask)[name])
     along = torch.cat(metric)
     walk_gif(np.concatenate(filters), along.tolist(), path, name=name.replace("_", " "))
     return along
@@ -342,7 +352,7 @@ def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
     mine, others, words = [], [], {}
     for argument in arguments:
         key, assigns, text = argument.partition("=")
-        if assigns and key in ("prompt", "mask"):  # 0101 is no number, and a sentence may hold anything
+        if assigns and key in WORDS:  # 0101 is no number, and a sentence may hold anything
             words[key] = text
         elif assigns and key in own:
             mine.append(argument)
@@ -357,12 +367,11 @@ def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
 def run_of(config: RunConfig, name: str, settings: list[str]) -> Experiment:
     """The run, with the settings that it was trained with, unless the command line has settings of its own."""
     given = Experiment(config, name)
-    file = given.folder / "config.yaml"
-    if settings or not file.is_file():
+    stored = None if settings else stored_config(given.folder)
+    if stored is None:
         return given
-    trained: Any = OmegaConf.to_container(OmegaConf.load(file))
-    data = trained["data"] | ({"root": config.data.root} if config.data.root else {})
-    return Experiment(replace(checked(RunConfig, trained | {"data": data}), run=config.run, device=config.device), name)
+    data = replace(stored.data, root=config.data.root or stored.data.root)
+    return Experiment(replace(stored, data=data, run=config.run, device=config.device), name)
 
 
 def _finite(value: Float[Tensor, ""]) -> float | None:
@@ -377,14 +386,7 @@ def main() -> None:
         return
     options, others = guard(lambda: split_arguments(sys.argv[1:]))
     settings = [argument for argument in others if "=" in argument and not argument.startswith(("-", *WHERE))]
-    sys.argv[1:] = guard(lambda: check_arguments(others))
-
-    @hydra.main(version_base="1.3", config_path="configs", config_name="digits_loss")
-    def compose_and_play(composed: DictConfig) -> None:
-        name = HydraConfig.get().job.config_name
-        guard(lambda: play(run_of(typed_config(composed), name, settings), options), interrupted="starts over")
-
-    compose_and_play()
+    launch(lambda config, name: play(run_of(config, name, settings), options), others, interrupted="starts over")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from Gpt.data.batches import BatchConfig
 from Gpt.distillation import DistillationConfig
 from Gpt.errors import ConfigError, nearest
-from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.report.logger import LoggerConfig
 from Gpt.training import TrainerConfig
 

@@ -65,6 +65,12 @@ class Generator(nn.Module):
         mixed_precision: sample under bfloat16 autocast, as trained.
         graphs: replay `loss` and the steps of sampling as CUDA graphs (`Gpt.cuda_graphs`); `compile_networks` sets it
             where they do the same device work at every call.
+        reads_prompt_sets: whether prompt["text"] are sets of prompts `[B, N, L, features]`, rather than one `[B,
+            features]` each.
+        conditions: the `Gpt.conditions.Conditions` that embed a prompt, and say how often it was left out for
+            guidance; None where a subclass has its own way.
+        identities: one embedding for every training run, which prompt["identity"] names; None where networks are
+            nobody's.
     """
 
     needs_start: bool
@@ -72,12 +78,16 @@ class Generator(nn.Module):
     distillation: Distillation | None = None
     mixed_precision: bool = False
     graphs: bool = False
+    reads_prompt_sets: bool = False
 
     def __init__(self, structure: Structure, objective: Objective, sampler: str, steps: int):
         super().__init__()
         check_sampler(sampler, objective, steps)
         self.structure, self.objective = structure, objective
         self.sampler, self.default_steps = sampler, steps
+        # Set here and not in the class, where they would hide the modules that subclasses register.
+        self.conditions: Any = None
+        self.identities: nn.Embedding | None = None
 
     @property
     def augment(self) -> bool:

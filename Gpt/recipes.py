@@ -85,7 +85,7 @@ class PpoRecipe:
 
 @dataclass(frozen=True)
 class AdapterRecipe:
-    """Low-rank adapters of a frozen language model, with AdamW and a constant learning rate.
+    """Low-rank adapters of a frozen language model, with AdamW; the learning rate falls linearly to a tenth.
 
     Attributes:
         base: name of the base model, see `Gpt.adapters.base`.

@@ -34,6 +34,7 @@ A user's tasks come from `task_modules=[path/to/my_tasks.py]`, a file that adds 
 own, or from packages that declare the entry-point group `gpt_weights.tasks`.
 """
 
+import copy
 import importlib.util
 import math
 import sys
@@ -186,15 +187,16 @@ class Task:
                 raise ConfigError(f"zoo.recipe: task {self.name!r} has no setting {key!r}; {nearest(key, known)}")
         return replace(self, recipe=replace(recipe, **changes)) if changes else self
 
-    def verify(self) -> "Task":
-        """Run every function once on a fresh network.
+    def verify(self, device: torch.device | str = "cpu") -> "Task":
+        """Run every function once on a fresh network, on a device: large networks take half a minute on a CPU.
 
         Raises:
             TaskError: a function fails, or returns something else than its key promises; names the task and the key.
         """
+        net = copy.deepcopy(self.template).to(device).eval()
         for split in ("test", "validation"):
             with torch.no_grad():
-                value = self._call("task_test_fn", self.score, self.template.eval(), split)
+                value = self._call("task_test_fn", self.score, net, split, device)
             try:
                 value = float(value)
             except (TypeError, ValueError) as error:
@@ -281,8 +283,8 @@ def _check_value(name: str, key: str, value: Any) -> None:
         raise TaskError(f"task {name!r}: key {key!r} is {value!r}, expected {_EXPECTED[key]}")
 
 
-def get_task(name: str) -> Task:
-    """Look a task up, check its entry and, but for adapters, run its functions once.
+def get_task(name: str, device: torch.device | str = "cpu") -> Task:
+    """Look a task up, check its entry and, but for adapters, run its functions once, on the device.
 
     Raises:
         TaskError: no such task (names the nearest), or the entry does not keep its promises.
@@ -292,7 +294,7 @@ def get_task(name: str) -> Task:
         raise TaskError(f"there is no task {name!r}; {hint}")
     task = check_entry(name, TASK_METADATA[name])
     # The functions of adapters are the library's own, and would load a language model before it is needed.
-    return task if isinstance(task.family, AdapterFamily) else task.verify()
+    return task if isinstance(task.family, AdapterFamily) else task.verify(device)
 
 
 def load_task_modules(paths: Sequence[str] = ()) -> None:

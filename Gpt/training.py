@@ -11,12 +11,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -75,6 +75,17 @@ class TrainerConfig:
     log_every: int = 10
     validation_batches: PositiveInt = 4
 
+    def __post_init__(self) -> None:
+        if self.batch_size % self.slices:
+            raise ConfigError(f"trainer.slices={self.slices} must divide trainer.batch_size={self.batch_size}")
+
+    def check_shared(self, processes: int) -> None:
+        """Raises:
+        ConfigError: the processes cannot share the slices of a batch equally.
+        """
+        if self.slices % processes:
+            raise ConfigError(f"trainer.slices={self.slices} must be a multiple of the {processes} processes")
+
 
 def train(
     generator: Generator,
@@ -102,77 +113,41 @@ def train(
         CheckpointError: a checkpoint cannot be read or written.
     """
     rank, world = distributed.rank(), distributed.world()
-    if config.slices % world or config.batch_size % config.slices:
-        raise ConfigError(
-            f"trainer.slices={config.slices} must be a multiple of the {world} processes and divide "
-            f"trainer.batch_size={config.batch_size}"
-        )
-    in_parts = config.sharded and world > 1
-    trained = sharded(generator, device) if in_parts else generator
-    averaged = sharded(generator, device) if in_parts else copy.deepcopy(generator)
-    optimizer = _optimizer(trained, config, device)
-    views = [Whole(part) for part in (trained, averaged, optimizer)] if in_parts else []
-    stored: list[Any] = [*views] or [trained, averaged, optimizer]
-    state = checkpoints.load(*stored) if checkpoints.exists() else TrainingState()
+    config.check_shared(world)
+    session = Session(generator, config, checkpoints, device)
+    state, resumed = session.state, session.state.step
     if config.compile:
-        trained.compile_networks()
-    step_loss = _Loss(trained)
-    parallel = DistributedDataParallel(step_loss) if world > 1 and not in_parts else None
-    model = parallel or step_loss
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(config.precision, device))
-    graphed = _graphed_gradient(step_loss, autocast) if generator.graphs and config.slices == 1 else None
-    bar = tqdm(total=config.steps, initial=state.step, desc="training", unit="step", disable=rank > 0)
+        session.trained.compile_networks()
+    backward = Backward(session.trained, config, device)
+    bar = tqdm(total=config.steps, initial=resumed, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
-    running, since, norm = torch.zeros((), device=device), state.step, torch.zeros(())
-    settled = state.step  # resumed at this step, which was validated and saved by the session before
+    running, since, norm = torch.zeros((), device=device), resumed, torch.zeros(())
 
     while True:
-        last = state.step >= config.steps
-        validate = state.step > settled and (last or _due(state.step, config.validate_every))
-        save = state.step > settled and (last or _due(state.step, config.checkpoint_every))
+        last, fresh = state.step >= config.steps, state.step > resumed  # else validated and saved in an earlier session
+        validate = fresh and (last or _due(state.step, config.validate_every))
+        save = fresh and (last or _due(state.step, config.checkpoint_every))
         if validate or save:
             _check_finite("gradient norm", norm.item(), state.step, config)
         if validate:
-            if in_parts:
-                copy_whole(averaged, generator)
-            judged = generator if in_parts else averaged
+            judged = session.judged()
             facts = from_first(_validate(judged, draw_validation, score, config, device, seed))
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
-            if facts["score"] < state.best_score:
-                state.best_score, state.best_step = facts["score"], state.step
-                on_first_process(partial(checkpoints.save_best, state, judged, {"step": state.step, **facts}))
+            session.keep_if_best(judged, facts)
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
         state.seconds = time.perf_counter() - begun
         if save:
-            for view in views:
-                view.gather()
-            on_first_process(partial(checkpoints.save, state, *stored))
+            session.save()
         if last:
             break
 
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(state.step, config)
         before_step(state.step)
         for part in range(rank, config.slices, world):
             noise = rng(device, seed, "batch", state.step, part)
             batch = draw(config.batch_size // config.slices, noise)
             batch.progress = state.step / config.steps
-            final = part + world >= config.slices
-            if in_parts:
-                synchronise_gradients(trained, final)
-            if graphed is not None:
-                loss = graphed(batch, noise)
-            else:
-                with autocast, contextlib.nullcontext() if final or parallel is None else parallel.no_sync():
-                    loss = model(batch, noise) * world / config.slices
-                loss.backward()
-            running += loss.detach() / world
-        norm = whole(nn.utils.clip_grad_norm_(trained.parameters(), config.max_grad_norm or math.inf))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema_decay, (1 + state.step) / (10 + state.step)) if state.step else 0.0
-        _average(averaged, trained, 1 - decay)
-        state.step += 1
+            running += backward(batch, noise, final=part + world >= config.slices)
+        norm = session.update()
         bar.update()
 
         if _due(state.step, config.log_every):
@@ -185,6 +160,105 @@ def train(
     bar.close()
     checkpoints.load_best(generator)
     return state
+
+
+class Session:
+    """What checkpoints keep of a training: weights, their average, the optimiser, and how far it has come.
+
+    Attributes:
+        trained, averaged: the generator itself and a copy; of a sharded training both are copies, in parts.
+        state: continued from the latest checkpoint, if there is one.
+    """
+
+    def __init__(
+        self, generator: Generator, config: TrainerConfig, checkpoints: CheckpointFolder, device: torch.device
+    ):
+        self._generator, self._config, self._checkpoints = generator, config, checkpoints
+        in_parts = config.sharded and distributed.world() > 1
+        self.trained = sharded(generator, device) if in_parts else generator
+        self.averaged = sharded(generator, device) if in_parts else copy.deepcopy(generator)
+        self._optimizer = _optimizer(self.trained, config, device)
+        stored: list[Any] = [self.trained, self.averaged, self._optimizer]
+        self._views = [Whole(part) for part in stored] if in_parts else []
+        self._stored = self._views or stored
+        self.state = checkpoints.load(*self._stored) if checkpoints.exists() else TrainingState()
+
+    def update(self) -> Tensor:
+        """One step along the gradient, with the learning rate of its place in the schedule; returns the norm."""
+        config, step = self._config, self.state.step
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.parameters(), config.max_grad_norm or math.inf))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        decay = min(config.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+        _average(self.averaged, self.trained, 1 - decay)
+        self.state.step += 1
+        return norm
+
+    def judged(self) -> Generator:
+        """The averaged generator, whole in every process."""
+        if not self._views:
+            return self.averaged
+        copy_whole(self.averaged, self._generator)
+        return self._generator
+
+    def keep_if_best(self, judged: Generator, facts: dict[str, float]) -> None:
+        """Store the averaged weights if no score before was lower."""
+        state = self.state
+        if facts["score"] < state.best_score:
+            state.best_score, state.best_step = facts["score"], state.step
+            on_first_process(lambda: self._checkpoints.save_best(state, judged, {"step": state.step, **facts}))
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        for view in self._views:
+            view.gather()
+        on_first_process(lambda: self._checkpoints.save(self.state, *self._stored))
+
+
+class Backward:
+    """Adds the gradient of one slice of a batch to what the parameters have; with several processes, the final slice's
+    call also adds up their gradients."""
+
+    def __init__(self, generator: Generator, config: TrainerConfig, device: torch.device):
+        self._generator, self._slices = generator, config.slices
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(config.precision, device))
+        self._loss = _Loss(generator)
+        in_parts = isinstance(generator, FSDPModule)
+        self._parallel = DistributedDataParallel(self._loss) if distributed.world() > 1 and not in_parts else None
+        graphs = generator.graphs and config.slices == 1 and device.type == "cuda"
+        self._graphed = GraphedGradient(self._mixed, list(generator.parameters())) if graphs else None
+
+    def __call__(self, batch: Batch, noise: torch.Generator, final: bool) -> Tensor:
+        """The slice's part of the mean loss of the batch, detached."""
+        if self._graphed is not None:
+            return self._graphed(batch, noise)
+        world = distributed.world()
+        kept: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(self._generator, FSDPModule):
+            synchronise_gradients(self._generator, final)
+        elif self._parallel is not None and not final:
+            kept = self._parallel.no_sync()
+        with kept:
+            loss = self._mixed(batch, noise) * world / self._slices
+            loss.backward()
+        return loss.detach() / world
+
+    def _mixed(self, batch: Batch, noise: torch.Generator) -> Tensor:
+        with self._autocast:
+            return (self._parallel or self._loss)(batch, noise)
+
+
+class _Loss(nn.Module):
+    """`Generator.loss` as a forward pass, which DistributedDataParallel hooks into."""
+
+    def __init__(self, generator: Generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, batch: Batch, noise: torch.Generator) -> Tensor:
+        return self.generator.loss(batch, noise)
 
 
 def mixed_precision(precision: str, device: torch.device) -> bool:
@@ -200,28 +274,6 @@ def learning_rate_factor(step: int, config: TrainerConfig) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     progress = step / config.steps
     return warm * ((1 - progress) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-class _Loss(nn.Module):
-    """`Generator.loss` as a forward pass, which DistributedDataParallel hooks into."""
-
-    def __init__(self, generator: Generator):
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, batch: Batch, noise: torch.Generator) -> Tensor:
-        return self.generator.loss(batch, noise)
-
-
-def _graphed_gradient(step_loss: _Loss, autocast: torch.autocast) -> GraphedGradient | None:
-    """Loss and gradient as one CUDA graph; None on other devices."""
-
-    def mixed(batch: Batch, noise: torch.Generator) -> Tensor:
-        with autocast:
-            return step_loss(batch, noise)
-
-    parameters = list(step_loss.parameters())
-    return GraphedGradient(mixed, parameters) if parameters[0].is_cuda else None
 
 
 def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device) -> torch.optim.AdamW:

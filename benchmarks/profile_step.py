@@ -32,12 +32,14 @@ from benchmarks.loop import time_training
 from benchmarks.timing import Bench, measure, parser, synchronize
 from benchmarks.zoo_speed import SMALL_ZOOS, ZOOS, Zoo, task_of
 from data_gen import vision
+from Gpt.cuda_graphs import GraphedGradient
 from Gpt.data.batches import BatchConfig, BatchSampler
+from Gpt.generator import Batch
 from Gpt.models.attention import attend
 from Gpt.models.gpt import GptConfig
 from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import rng
-from Gpt.training import _average, _graphed_gradient, _Loss, _optimizer
+from Gpt.training import _average, _optimizer
 
 WIDTHS = (1024, 512, 256)
 TOP = 12  # kernels and operators that are listed
@@ -98,9 +100,13 @@ def train(model: Model, bench: Bench, repeats: int) -> dict[str, Any]:
     generator.fit(draw(64, rng(device, bench.seed, "fit")))
     loop = time_training(generator, draw, config, device, warmup=3, repeats=repeats, seed=bench.seed)
 
-    averaged, optimizer, step_loss = deepcopy(generator), _optimizer(generator, config, device), _Loss(generator)
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    graphed = _graphed_gradient(step_loss, autocast)
+    averaged, optimizer = deepcopy(generator), _optimizer(generator, config, device)
+
+    def loss_of(batch: Batch, noise: torch.Generator) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return generator.loss(batch, noise)
+
+    graphed = GraphedGradient(loss_of, list(generator.parameters())) if device.type == "cuda" else None
 
     def step(phases: Callable[[str], contextlib.AbstractContextManager]) -> None:
         noise = rng(device, bench.seed, "profile")
@@ -110,8 +116,8 @@ def train(model: Model, bench: Bench, repeats: int) -> dict[str, Any]:
             with phases("graph_of_both"):
                 graphed(batch, noise)
             optimizer.zero_grad(set_to_none=True)
-        with phases("forward"), autocast:
-            loss = step_loss(batch, noise)
+        with phases("forward"):
+            loss = loss_of(batch, noise)
         with phases("backward"):
             loss.backward()
         with phases("clip"):

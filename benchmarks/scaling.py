@@ -27,7 +27,8 @@ from benchmarks.loop import time_training
 from benchmarks.timing import Bench, measure, parser
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.distributed import primary, processes, world
-from Gpt.evaluation.prompting import Starts, Writer
+from Gpt.evaluation.prompting import Starts, update_request
+from Gpt.evaluation.writing import Writer
 from Gpt.seeds import rng
 
 WORK = ("train", "train sharded", "sample")
@@ -63,8 +64,8 @@ def sample(model: Model, bench: Bench) -> dict[str, Any]:
     rows = torch.arange(count, device=device)
     metric = torch.rand(count, generator=rng("cpu", bench.seed, "metric"))
     starts = Starts("starts", zoo.read(rows, torch.zeros_like(rows)), metric)
-    writer = Writer(generator, max_batch=model.networks)
-    timing = measure(lambda: writer(starts, metric / 2, "scaling"), device, warmup=2, repeats=3 if bench.small else 10)
+    writer, request = Writer(generator, max_batch=model.networks), update_request(starts, metric / 2, True)
+    timing = measure(lambda: writer(request, "scaling"), device, warmup=2, repeats=3 if bench.small else 10)
     return timing.facts(networks=count)
 
 

@@ -1,21 +1,34 @@
 """How well a sentence becomes a class mask: held-out splits of the vocabulary, then RPG's published demo sentences.
 
     python -m benchmarks.text_conditions --vocabulary cifar10 --demo
+    python -m benchmarks.text_conditions --run runs/cifar10_mask_rpg --device cuda --data DATA
 
 The demo sentences (`data/rpg_demo_prompts.tsv`, published with RPG's demo) are a reference test: nothing is trained or
-selected on them, so run `--demo` only to report. Needs the extra `[text]`.
+selected on them, so run `--demo` only to report. With `--run`, the generator of that run, which main.py has trained,
+writes networks for what each sentence was read as; they are tested on what it was published to mean. Needs the extra
+`[text]`.
 """
 
 import argparse
 import csv
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
+from Gpt.errors import CheckpointError
+from Gpt.evaluation.population import test_population
+from Gpt.evaluation.writing import Request, Writer
+from Gpt.run.experiment import Experiment
+from Gpt.run.folder import stored_config
 from Gpt.text import SentenceEncoder, SentenceReader, reading_accuracy, train_reader, train_text_head
-from Gpt.vocabulary import load_vocabulary, split_sentences
+from Gpt.vocabulary import CLASSES, load_vocabulary, split_sentences
 
 DEMO = Path(__file__).parent / "data" / "rpg_demo_prompts.tsv"
+NETWORKS = 10  # for each sentence
 
 
 def splits_table(name: str, encoder: SentenceEncoder, seed: int) -> list[str]:
@@ -32,30 +45,80 @@ def splits_table(name: str, encoder: SentenceEncoder, seed: int) -> list[str]:
     return rows
 
 
-def demo_decisions(encoder: SentenceEncoder, seed: int) -> tuple[int, int]:
-    """(right, all) class decisions on the demo sentences, with a head trained on the whole vocabulary."""
-    reader = train_reader(encoder, "cifar10", seed)
+def demo_sentences() -> tuple[list[str], Bool[Tensor, "sentences 10"]]:
+    """The published sentences and the classes that they mean."""
     with DEMO.open() as file:
         lines = list(csv.DictReader(file, delimiter="\t"))
-    names = load_vocabulary("cifar10").classes
-    wanted = torch.tensor([[int(line[name]) for name in names] for line in lines], dtype=torch.bool)
-    found = torch.stack([reading.mask for reading in reader.read_all([line["description"] for line in lines])])
-    return int((found == wanted).sum()), wanted.numel()
+    masks = [[line[name] == "1" for name in CLASSES["cifar10"]] for line in lines]
+    return [line["description"] for line in lines], torch.tensor(masks)
+
+
+def demo_table(
+    sentences: Sequence[str],
+    wanted: Bool[Tensor, "sentences 10"],
+    read: Bool[Tensor, "sentences 10"],
+    columns: dict[str, Float[Tensor, " sentences"]],
+) -> list[str]:
+    """Markdown: right class decisions of every sentence and what was measured of its networks; means last."""
+    right = (read == wanted).sum(1)
+    rows = [["sentence", "right decisions", *columns], ["---"] * (2 + len(columns))]
+    for i, sentence in enumerate(sentences):
+        rows.append([sentence, f"{right[i]} of 10", *(f"{values[i]:.1f}" for values in columns.values())])
+    total = f"{right.sum()} of {wanted.numel()} ({100 * right.sum() / wanted.numel():.1f} %)"
+    rows.append([f"all {len(sentences)}", total, *(f"{values.mean():.2f}" for values in columns.values())])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def network_accuracy(
+    experiment: Experiment, told: Bool[Tensor, "sentences 10"], wanted: Bool[Tensor, "sentences 10"]
+) -> Float[Tensor, " sentences"]:
+    """Test accuracy (percent) on the wanted masks, a mean over `NETWORKS` networks that were told the others."""
+    settings, device = experiment.config.evaluation, experiment.device
+    write = Writer(experiment.trained(), settings.steps, settings.guidance, settings.seed, settings.max_batch)
+    prompt = told.repeat_interleave(NETWORKS, 0).float().to(device)
+    weights = write(Request(len(prompt), {"class_mask": prompt}), "demo sentences")
+    masks = wanted.repeat_interleave(NETWORKS, 0)
+    error = test_population(experiment.task, weights, "test", masks, device=device)["test_error"]
+    return 100 - error.view(-1, NETWORKS).mean(1)
+
+
+def trained_run(folder: Path, device: str, data: str | None) -> Experiment:
+    """A run of class masks of CIFAR-10.
+
+    Raises:
+        CheckpointError: there is none in the folder.
+    """
+    config = stored_config(folder)
+    if config is None:
+        command = f"python main.py --config-name cifar10_mask_rpg run.root={folder.parent} run.name={folder.name}"
+        raise CheckpointError(f"there is no run in {folder}; train one with: {command}")
+    place = replace(config.run, root=str(folder.parent), name=folder.name)
+    found = replace(config.data, root=data or config.data.root)
+    return Experiment(replace(config, run=place, data=found, device=device), folder.name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", choices=("cifar10", "digits"), default="cifar10")
     parser.add_argument("--demo", action="store_true", help="also measure the published demo sentences")
+    parser.add_argument("--run", type=Path, help="run folder whose generator writes networks for the demo sentences")
+    parser.add_argument("--device", default="auto", help="of that generator")
+    parser.add_argument("--data", help="folder with CIFAR-10; that of the run by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, help="file that keeps sentence embeddings between calls")
     arguments = parser.parse_args()
     encoder = SentenceEncoder(cache=arguments.cache)
     header = ["| split | decisions | masks | fits |", "|---|---|---|---|"]
     print("\n".join(header + splits_table(arguments.vocabulary, encoder, arguments.seed)))
-    if arguments.demo:
-        right, total = demo_decisions(encoder, arguments.seed)
-        print(f"\ndemo sentences: {right} of {total} class decisions ({100 * right / total:.1f} %)")
+    if arguments.demo or arguments.run:
+        sentences, wanted = demo_sentences()
+        readings = train_reader(encoder, "cifar10", arguments.seed).read_all(sentences)
+        read, columns = torch.stack([reading.mask for reading in readings]), {}
+        if arguments.run:
+            experiment = trained_run(arguments.run, arguments.device, arguments.data)
+            columns["accuracy of networks for what was read, %"] = network_accuracy(experiment, read, wanted)
+            columns["for what was meant, %"] = network_accuracy(experiment, wanted, wanted)
+        print("\n" + "\n".join(demo_table(sentences, wanted, read, columns)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from Gpt.recipes import AdapterRecipe
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
+FINAL_RATE = 0.1  # of the first learning rate: last iterates are good adapters, and still differ
+
 
 def train_adapter_population(
     task: Task,
@@ -86,11 +88,17 @@ def _train_group(
             if progress:
                 progress(len(run_ids))
         if iteration < snapshot_iterations[-1]:
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(iteration / recipe.iterations)
             optimizer.zero_grad()
             examples = mini_batches(pool, keys, iteration, recipe.examples)
             answer_loss(base, recipe.spec, weights, examples).sum().backward()
             optimizer.step()
     return torch.stack(snapshots, 1), {name: torch.stack(values, 1) for name, values in metrics.items()}
+
+
+def learning_rate_factor(progress: float) -> float:
+    """From 1 down to `FINAL_RATE`, in a straight line."""
+    return 1 - (1 - FINAL_RATE) * progress
 
 
 def initial_adapters(task: Task, recipe: AdapterRecipe, run_ids: list[int], seed: int) -> Float[Tensor, "R D"]:

@@ -14,7 +14,8 @@ and logits, 2.5 ms.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,13 +126,18 @@ class TrainingStep:
         precision = training_precision(task.template, device)
         stored = inputs.to(precision) if inputs.is_floating_point() else inputs
         self.augmented = recipe.augmentation == "flip_crop"
-        self.inputs = _padded(task, stored) if self.augmented else stored
+        self.in_colour = stored.dim() == 4 and stored.shape[1] > 1
+        if self.augmented:
+            stored = _padded(task, stored)
+        elif self.in_colour:
+            stored = channels_last(stored)
+        self.inputs = stored
         self.slots = torch.arange(recipe.batch_size, device=device)
         self.gradient = population_gradient(task.template, task.structure, inputs[:1], precision)
         self.optimizer = optimizer(recipe, updates.trainable(task.template, task.structure).to(device))
         # Compiled apart: the compiler would repeat the draws of an image for each of its pixels.
-        parts = self.draw, self._update
-        self._draws, self._updates = [torch.compile(f, dynamic=False) for f in parts] if compile else parts
+        fast: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if compile else lambda part: part
+        self._draws, self._updates = fast(self.draw), fast(self._update)
 
     def initial_state(self, run_ids: list[int], seed: int, label_map: Tensor | None = None) -> State:
         """Freshly initialised runs."""
@@ -167,7 +173,9 @@ class TrainingStep:
         labels = self.labels[examples]
         if "label_map" in state:
             labels = state["label_map"].gather(1, labels)
-        return flip_crop(self.inputs, examples, windows) if self.augmented else self.inputs[examples], labels
+        if self.augmented:
+            return flip_crop(self.inputs, examples, windows), labels
+        return _pixels(self.inputs, (examples,)) if self.in_colour else self.inputs[examples], labels
 
     def _update(self, state: State, examples: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]) -> None:
         gradient = self.gradient(state["weights"], *self.mini_batches(state, examples, windows))
@@ -234,8 +242,16 @@ def _padded(task: Task, inputs: Tensor) -> Float[Tensor, "N height width C"]:
 
 
 def zero_padded(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H+8 W+8 C"]:
-    """Images for `flip_crop`. Three channels of two bytes get a fourth in memory: a pixel is one number of eight."""
-    pixels = F.pad(images, [CROP_PADDING] * 4).permute(0, 2, 3, 1)
+    """Images for `flip_crop`."""
+    return channels_last(F.pad(images, [CROP_PADDING] * 4))
+
+
+def channels_last(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H W C"]:
+    """The order in memory that convolutions are fast with.
+
+    Three channels of two bytes get a fourth in memory: a pixel is one number of eight bytes.
+    """
+    pixels = images.permute(0, 2, 3, 1)
     if _packs(pixels):
         return F.pad(pixels, [0, 1])[..., :3]
     return pixels.contiguous()
@@ -256,13 +272,17 @@ def flip_crop(
     x = torch.arange(width, device=padded.device)
     rows = torch.arange(height, device=padded.device) + down
     columns = torch.where(flip, width - 1 - x, x) + right
-    place = index[..., None, None], rows[..., :, None], columns[..., None, :]
-    if _packs(padded):
-        words = padded.as_strided((*padded.shape[:3], 4), padded.stride()).view(torch.int64)[..., 0]
-        crops = words[place][..., None].view(padded.dtype)[..., :3]
+    return _pixels(padded, (index[..., None, None], rows[..., :, None], columns[..., None, :]))
+
+
+def _pixels(images: Float[Tensor, "N H W C"], place: tuple[Tensor, ...]) -> Float[Tensor, "R B C h w"]:
+    """Images, or parts of them, out of what `channels_last` gave."""
+    if _packs(images):
+        words = images.as_strided((*images.shape[:3], 4), images.stride()).view(torch.int64)[..., 0]
+        chosen = words[place][..., None].view(images.dtype)[..., :3]
     else:
-        crops = padded[place]
-    return crops.permute(0, 1, 4, 2, 3)
+        chosen = images[place]
+    return chosen.permute(0, 1, 4, 2, 3)
 
 
 def _packs(pixels: Float[Tensor, "N H W C"]) -> bool:

@@ -1,70 +1,44 @@
-"""From prompts to adapter folders that `peft` loads, with a generator that main.py has trained.
+"""Adapters for prompts, as folders that `peft` loads; and files of prompts."""
 
-    python -m rpg.write_adapter --run runs/lora_tiny --output adapters/mine --prompt "Give the first word."
-    python -m rpg.write_adapter --run runs/lora_tiny --output adapters/mine --prompt-file prompts.txt
-    python -m rpg.write_adapter --run runs/lora_tiny --output adapters --prompt-file tasks.jsonl
-
-All prompts of one --prompt or of one text file (a prompt a line) describe one task, and become one adapter. In a file
-that ends in .jsonl every line is a task, {"task": "name", "prompts": ["…", "…"]}, with a folder of that name.
-"""
-
-import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from Gpt.adapters.conditions import prompt_states
 from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.peft_io import save_adapter
-from Gpt.checkpoint import CheckpointFolder, write_json
-from Gpt.config import RunConfig, checked
+from Gpt.checkpoint import write_json
 from Gpt.data.adapter_batches import prompt_for
-from Gpt.errors import CheckpointError, DataError, UserError
+from Gpt.errors import DataError
 from Gpt.generator import Generator
-from Gpt.tasks import Task, get_task, load_task_modules
-from rpg.registry import build_generator
+from Gpt.tasks import Task
 
 FOLDER_NAME = re.compile(r"[\w.\- ]*[\w\-]")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command-line entry; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rpg.write_adapter", description="Write adapters for prompts.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder of main.py")
-    parser.add_argument("--output", type=Path, required=True, help="adapter folder, or the folder of a batch's folders")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", action="append", help="may be given several times: all describe one task")
-    asked.add_argument("--prompt-file", type=Path, help="a prompt a line, or .jsonl with a task a line")
-    parser.add_argument("--base-name", default="", help="what the folder says that its base model is called")
-    parser.add_argument("--seed", type=int, default=0, help="names the noise, for a generator that draws some")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    try:
-        tasks = {"": options.prompt} if options.prompt else read_tasks(options.prompt_file)
-        generator, task = load_run(options.run, options.device)
-        for name, prompts in tasks.items():
-            folder = options.output / name
-            seconds = write_adapter(generator, task, prompts, folder, options.base_name, options.seed)
-            print(f"{folder}: an adapter, {1000 * seconds:.0f} ms from text to weights; prompts: {len(prompts)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def write_adapter(
-    generator: Generator, task: Task, prompts: Sequence[str], folder: Path, base_name: str = "", seed: int = 0
+    generator: Generator,
+    task: Task,
+    prompts: Sequence[str],
+    folder: Path,
+    base_name: str = "",
+    *,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
 ) -> float:
     """One adapter folder for the prompts of one task; returns the seconds from text to weights.
 
+    Args:
+        base_name: what the folder says that its base model is called.
+        steps, guidance, seed: see `Generator.sample`.
+
     Raises:
         DataError: there is no prompt.
+        ConfigError: the generator cannot be guided.
     """
     if not prompts:
         raise DataError(f"{folder}: there is no prompt to write an adapter for")
@@ -72,7 +46,8 @@ def write_adapter(
     device = next(generator.parameters()).device
     began = time.perf_counter()
     embedded = prompt_states([prompts], family.encoder, family.tokens, device=device).to(device)
-    weights = generator.sample(prompt_for(generator, embedded), count=1, seed=seed)[0].cpu()
+    prompt = prompt_for(generator, embedded)
+    weights = generator.sample(prompt, count=1, steps=steps, guidance=guidance, seed=seed)[0].cpu()
     seconds = time.perf_counter() - began
     save_adapter(folder, weights, recipe.spec, recipe.base, base_name=base_name)
     write_json(folder / "prompts.json", {"task": task.name, "prompts": list(prompts), "seed": seed})
@@ -80,7 +55,7 @@ def write_adapter(
 
 
 def read_tasks(file: Path) -> dict[str, list[str]]:
-    """`{folder name: prompts}`; the name is empty for a file that describes one task.
+    """`{folder name: prompts}`: of .jsonl, a task a line; of a text file, whose lines describe one task, under no name.
 
     Raises:
         DataError: the file cannot be read, or a line is not a task; names the line.
@@ -113,30 +88,3 @@ def _task_of(line: Mapping[str, Any]) -> tuple[str, list[str]]:
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"the name is {name!r}")
     return name, prompts
-
-
-def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Generator, Task]:
-    """The trained generator of a run folder, and the task that it was trained for.
-
-    Raises:
-        CheckpointError: there is no trained run.
-        ConfigError: its configuration is of another version.
-        TaskError: the task is not known here, or not about adapters.
-    """
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} is not a run folder ({error}); train one with: python main.py --config-name lora_tiny"
-        ) from error
-    config = checked(RunConfig, values)
-    load_task_modules(config.task_modules)
-    task = get_task(config.task).with_recipe(config.zoo.recipe)
-    adapter_parts(task)
-    generator = build_generator(config, task.structure)
-    CheckpointFolder(folder / "checkpoints", {"architecture": task.structure.fingerprint}).load_best(generator)
-    return generator.to(device).eval(), task
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,25 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
-import main
 import playground
-from experiment import Experiment, create_folder
 from Gpt import text
 from Gpt.checkpoint import TrainingState
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation import reading
 from Gpt.evaluation.prompting import Starts
-from Gpt.generator import Batch, Generator, Prompt
+from Gpt.generator import Batch, Prompt
 from Gpt.report.walk import slerp_loop
+from Gpt.run.command_line import compose
+from Gpt.run.experiment import Experiment
+from Gpt.run.folder import create_folder
 from Gpt.seeds import rng
 from Gpt.text import SentenceReader, TextHead
 from Gpt.vocabulary import CLASSES
-from playground import PlaygroundConfig, Request, play, split_arguments
+from playground import PlaygroundConfig, Wish, play, split_arguments
 
 ROOT = Path(playground.__file__).parent
 TINY = ("generator.width=32", "generator.depth=1", "generator.heads=2", "device=cpu", "run.name=tiny")
@@ -34,9 +33,7 @@ SHORT = {"count": 3, "keyframes": 2, "frames": 2}
 
 
 def experiment(*arguments: str, name: str = "digits_loss") -> Experiment:
-    overrides = main.check_arguments(list(arguments))
-    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return Experiment(main.typed_config(compose(name, overrides)), name)
+    return Experiment(compose(name, list(arguments)), name)
 
 
 def store_generator(trained: Experiment) -> None:
@@ -108,7 +105,7 @@ def test_the_walk_is_a_loop_from_one_start(here, monkeypatch):
     # The same networks, from the generator itself.
     trained = experiment(*TINY)
     generator, task = trained.trained(), trained.task
-    start = playground.fresh_starts(task, config, None, torch.device("cpu"))
+    start = playground.fresh_starts(task, 2, 0, None, torch.device("cpu"))
     keyframes = torch.randn(3, task.structure.size, generator=rng("cpu", 0, "playground", "walk"))
     prompt = {"target_metric": torch.tensor([[start.metric[0], task.best_prompt]]).expand(12, 2)}
     networks = generator.sample(prompt, start.weights[:1].expand(12, -1), noise=slerp_loop(keyframes, 4))
@@ -122,51 +119,37 @@ def test_the_animation_has_every_frame(here):
     assert not (play(experiment(*TINY), PlaygroundConfig(count=1, keyframes=0, out="still")) / "walk.gif").exists()
 
 
-class Recording(Generator):
-    """Writes down what it is asked, and returns the row numbers of the noise, or zeros."""
-
-    default_steps = 1
-
-    def __init__(self, needs_start: bool):
-        nn.Module.__init__(self)
-        self.needs_start, self.calls = needs_start, []
-
-    def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
-        self.calls.append((prompt, start, count, steps, guidance, seed))
-        return torch.zeros(count, 1) if noise is None else noise
-
-
 @pytest.mark.parametrize("needs_start", [True, False])
-def test_what_the_generator_is_asked(needs_start):
-    generator = Recording(needs_start)
-    starts = Starts("fresh", torch.randn(5, 1), torch.arange(5.0))
-    request, config = Request(0.7, told={"class_mask": torch.ones(10)}), PlaygroundConfig(steps=9, guidance=1.5, seed=3)
-    write = playground.Author(generator, request, config, max_batch=2, device=torch.device("cpu"))
-    noise = torch.arange(5.0)[:, None]
-    assert torch.equal(write(5, starts if needs_start else None, noise), noise)
-    prompts, given, counts, steps, guidances, seeds = zip(*generator.calls, strict=True)
-    assert (counts, steps, guidances) == ((2, 2, 1), (9, 9, 9), (1.5, 1.5, 1.5))
-    assert len(set(seeds)) == 3
-    assert torch.equal(torch.cat([prompt["class_mask"] for prompt in prompts]), torch.ones(5, 10))
-    before, wanted = torch.cat([prompt["target_metric"] for prompt in prompts]).unbind(1)
+def test_what_networks_are_asked_for(needs_start):
+    starts = Starts("fresh", torch.randn(3, 1), torch.arange(3.0)) if needs_start else None
+    wish = Wish(0.7, told={"class_mask": torch.ones(10)})
+    request = wish.request(5, starts, torch.device("cpu"))
+    assert request.count == 5 and torch.equal(request.prompt["class_mask"], torch.ones(5, 10))
+    before, wanted = request.prompt["target_metric"].unbind(1)
     assert torch.equal(wanted, torch.full((5,), 0.7))
-    if needs_start:
-        assert torch.equal(torch.cat(given), starts.weights)
-        assert torch.equal(before, starts.metric)
+    if starts:
+        assert torch.equal(before, torch.tensor([0.0, 1, 2, 0, 1]))
+        assert torch.equal(request.start, starts.weights[[0, 1, 2, 0, 1]])
     else:
-        assert given == (None, None, None)
+        assert request.start is None
         assert before.isnan().all()  # as in training: there is no start whose metric could be known
 
 
 def test_a_generator_without_prompt_is_asked_for_nothing():
-    generator = Recording(needs_start=False)
-    write = playground.Author(generator, Request(), PlaygroundConfig(), 8, torch.device("cpu"))
-    assert len(write(2, noise=torch.zeros(2, 1))) == 2
-    assert generator.calls[0][0] == {}
+    assert Wish().request(2, None, torch.device("cpu")).prompt == {}
     unprompted = experiment("condition=none")
     assert playground.asked_metric(unprompted, PlaygroundConfig()) is None
     with pytest.raises(ConfigError, match=r"wanted=0\.2.*not prompted"):
         playground.asked_metric(unprompted, PlaygroundConfig(wanted=0.2))
+
+
+def test_a_few_networks_are_the_first_of_many(here):
+    """What a network looks like does not depend on how many are written, or written at once."""
+    many = play(experiment(*TINY), PlaygroundConfig(count=3, keyframes=0, out="many"))
+    few = play(experiment(*TINY, "evaluation.max_batch=1"), PlaygroundConfig(count=2, keyframes=0, out="few"))
+    for name in ("network-000.safetensors", "network-001.safetensors"):
+        for tensor, expected in zip(load_file(few / name).values(), load_file(many / name).values(), strict=True):
+            torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_broken_network_is_recorded_as_valid_json(here, monkeypatch):
@@ -231,7 +214,7 @@ def test_wrong_options_are_named(argument, words):
 
 
 def test_the_command_itself(here):
-    create_folder(experiment(*TINY), {})
+    create_folder(experiment(*TINY).config, Path("runs/tiny"))
     call = [sys.executable, str(ROOT / "playground.py"), "run.name=tiny", "count=2", "keyframes=0", "out=written"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
@@ -240,7 +223,7 @@ def test_the_command_itself(here):
 
 
 def test_a_run_is_played_with_the_settings_it_was_trained_with(here):
-    create_folder(experiment(*TINY, "seed=7"), {})
+    create_folder(experiment(*TINY, "seed=7").config, Path("runs/tiny"))
     plain = experiment("run.name=tiny", "data.root=elsewhere")
     found = playground.run_of(plain.config, "digits_loss", []).config
     assert (found.seed, found.generator["width"], found.data.root) == (7, 32, "elsewhere")
@@ -359,7 +342,7 @@ def test_a_sentence_is_read_once_trained_and_written_for(masked, monkeypatch, ca
 def test_a_generator_that_knows_sentences_is_handed_the_sentence(masked, monkeypatch, names):
     monkeypatch.setattr(reading, "SentenceEncoder", Keywords)
     monkeypatch.setattr(reading, "train_reader", keyword_reader)
-    monkeypatch.setattr("experiment.find_model", lambda: None)
+    monkeypatch.setattr("Gpt.run.experiment.find_model", lambda: None)
     settings = (f"condition.names=[{names}]", "run.name=spoken")
     store_rpg(masked_experiment(*settings), {})
     request = playground.asked(masked_experiment(*settings), PlaygroundConfig(prompt="zero and three"))
@@ -388,7 +371,7 @@ def test_starts_of_a_family_are_measured_on_the_mask(masked):
     folder = play(trained, PlaygroundConfig(count=3, keyframes=0, mask=EVEN, wanted=5.0))
     task, mask = trained.task, torch.arange(10) % 2 == 0
     for i, entry in enumerate(json.loads((folder / "networks.json").read_text())["networks"]):
-        start = playground.fresh_starts(task, PlaygroundConfig(count=3), mask, torch.device("cpu")).weights[i]
+        start = playground.fresh_starts(task, 3, 0, mask, torch.device("cpu")).weights[i]
         network = task.constructor()
         network.load_state_dict(task.structure.state_dict(start))
         with torch.no_grad():
@@ -413,7 +396,7 @@ def test_whole_networks_are_written_without_any_prompt_and_one_run_is_walked_thr
     networks = json.loads((folder / "networks.json").read_text())["networks"]
     assert set(networks[0]) == {"file", "validation_loss", "validation_error", "test_loss", "test_error"}
     written, *walked = asked_for
-    assert written == {}  # each network draws an identity
+    assert written.keys() == {"identity"}  # each network draws one
     assert all(torch.equal(prompt["identity"], torch.zeros(2, dtype=torch.long)) for prompt in walked)
 
 
@@ -428,10 +411,58 @@ def test_a_generator_from_noise_that_is_told_a_metric_starts_nowhere(tmp_path, m
     assert (low / name).read_bytes() != (high / name).read_bytes()
 
 
-def test_adapters_have_a_command_of_their_own(tmp_path, monkeypatch):
+LORA = (
+    "generator.width=16", "generator.depth=1", "generator.heads=2", "generator.latents=2", "device=cpu",
+    "zoo.recipe={iterations: 7}",
+)  # fmt: skip
+
+
+@pytest.fixture
+def adapters(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a run whose generator writes adapters."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"adapters.*python -m rpg\.write_adapter --run runs/lora_tiny"):
-        play(experiment(name="lora_tiny"), PlaygroundConfig())
+    trained = experiment(*LORA, name="lora_tiny")
+    store_generator(trained)
+    create_folder(trained.config, trained.folder)
+    return tmp_path
+
+
+def test_an_adapter_is_written_for_a_prompt_a_file_and_a_batch(adapters, capsys):
+    pytest.importorskip("peft")
+    prompts = ["Give the first word.", "No brackets."]
+    (adapters / "prompts.txt").write_text("\n\n".join(prompts))
+    lines = [{"task": "a b", "prompts": prompts}, {"task": "c", "prompts": ["Last."]}]
+    (adapters / "tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    trained = playground.run_of(experiment("device=cpu", name="lora_tiny").config, "lora_tiny", [])
+    assert trained.task.recipe.iterations == 7  # as it was trained
+
+    def files(**options) -> dict[str, bytes]:
+        folder = play(trained, PlaygroundConfig(**options))
+        return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.safetensors")}
+
+    name = "adapter_model.safetensors"
+    one, file = files(prompt=prompts[0]), files(prompts="prompts.txt", out="file")
+    batch = files(prompts="tasks.jsonl", out="batch")
+    assert one.keys() == file.keys() == {name} and batch.keys() == {f"a b/{name}", f"c/{name}"}
+    assert file[name] == batch[f"a b/{name}"] and len({one[name], *batch.values()}) == 3
+    assert "batch/c: an adapter, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["prompt=", "prompts=FILE"]),
+        ({"prompt": "a", "prompts": "b"}, ["prompt=", "prompts=FILE"]),
+        ({"prompt": "a", "count": 3}, ["count", "one for each task"]),
+        ({"prompt": "a", "wanted": 3.0}, ["wanted", "prompts alone"]),
+        ({"prompt": "a", "guidance": 2.0}, ["guidance=2.0"]),
+    ],
+)
+def test_wishes_that_no_adapter_fulfils_are_refused(adapters, options, words):
+    with pytest.raises(ConfigError) as caught:
+        play(experiment(*LORA, name="lora_tiny"), PlaygroundConfig(**options, out="out"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not Path("out").exists()
 
 
 def test_without_the_optional_packages_only_sentences_are_refused(masked, monkeypatch):
@@ -450,6 +481,7 @@ def test_without_the_optional_packages_only_sentences_are_refused(masked, monkey
         ({"mask": "1010101012"}, ["mask=1010101012", "10 bits"]),
         ({"mask": "1111111111"}, ["all classes"]),
         ({"mask": EVEN, "wanted": 3.0}, ["wanted=3", "not prompted with a metric"]),
+        ({"prompts": "file.txt"}, ["prompts", "prompt=…"]),
     ],
 )
 def test_wishes_that_make_no_task_are_refused(masked, options, words):

@@ -1,9 +1,10 @@
 """What a generator of adapters reads: the prompts that describe a task, through a frozen sentence encoder.
 
 A prompt is one vector (its token states, averaged) or, as in Drag-and-Drop LLMs (Liang et al. 2025, arXiv 2506.16406),
-the state of every token. The default encoder is all-MiniLM-L6-v2. `encoder="hash"` needs no model: it knows words and
-word pairs by their hash and nothing of their meaning (two wordings of one rule are as far apart as the words they do
-not share), and serves tests and demonstrations of the machinery.
+the state of every token. The default encoder is all-MiniLM-L6-v2; `encoder="sentences"` is the same, but hands out a
+state for every sentence instead, so that what one sentence says colours no other. `encoder="hash"` needs no model: it
+knows words and word pairs by their hash and nothing of their meaning (two wordings of one rule are as far apart as the
+words they do not share), and serves tests and demonstrations of the machinery.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ from Gpt.errors import ConfigError
 from Gpt.text import SentenceEncoder
 
 WIDTH = 384
-ENCODERS = ("minilm", "hash")
+ENCODERS = ("minilm", "sentences", "hash")
+BETWEEN_SENTENCES = re.compile(r"(?<=\D[.?!])\s+|\n")  # "1. apple" is one
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def prompt_states(
 
     Args:
         prompts: equally many for each member, see `AdapterFamily.condition_prompts`.
-        tokens: L, token states of each prompt, which are padded or cut; 0 for one unit-length pooled sentence.
+        tokens: L, states of each prompt, which are padded or cut; 0 for one unit-length pooled sentence.
         device: where MiniLM runs.
 
     Raises:
@@ -69,7 +71,8 @@ def prompt_states(
     if encoder not in ENCODERS:
         raise ConfigError(f"prompt encoder {encoder!r} is not known, expected one of {', '.join(ENCODERS)}")
     flat = [prompt for member in prompts for prompt in member]
-    embed = HashedWords() if encoder == "hash" else TokenEncoder(device=device)
+    kind = SentenceStates if encoder == "sentences" else TokenEncoder
+    embed = HashedWords() if encoder == "hash" else kind(device=device)
     if tokens:
         found = embed.token_states(flat, tokens)
     else:
@@ -93,6 +96,21 @@ class TokenEncoder(SentenceEncoder):
             states = model(**tokens).last_hidden_state.float() * mask[..., None]
             found.append((states.cpu(), mask.cpu()))
         return PromptStates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+class SentenceStates(TokenEncoder):
+    """A sentence encoder whose states of a prompt are its sentences and lines, each embedded by itself."""
+
+    def token_states(self, sentences: Sequence[str], length: int, batch: int = 64) -> PromptStates:
+        """One unit-length state for each of a prompt's first `length` sentences."""
+        split = [list(filter(None, BETWEEN_SENTENCES.split(prompt)))[:length] or [""] for prompt in sentences]
+        different = list(dict.fromkeys(part for parts in split for part in parts))
+        embedded = dict(zip(different, self(different), strict=True))
+        states, mask = torch.zeros(len(split), length, WIDTH), torch.zeros(len(split), length).bool()
+        for i, parts in enumerate(split):
+            states[i, : len(parts)] = torch.stack([embedded[part] for part in parts])
+            mask[i, : len(parts)] = True
+        return PromptStates(states, mask)
 
 
 class HashedWords:

@@ -39,8 +39,8 @@ class AdapterFamily:
         train_examples, examples: labelled examples of each member, to train on, and to validate and to test on each.
         prompts: unlabelled prompts of each member that describe it to a generator.
         encoder: what reads these prompts, see `Gpt.adapters.conditions`.
-        tokens: states of each prompt's tokens that a generator is shown, padded or cut to this many; 0 for one pooled
-            sentence a prompt.
+        tokens: states of each prompt's tokens (or sentences, as the encoder has it) that a generator is shown, padded
+            or cut to this many; 0 for one pooled state a prompt.
 
     Raises:
         ConfigError: there is no such suite, or the split leaves nothing to train on, or a held-out combination would

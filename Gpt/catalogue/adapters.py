@@ -98,7 +98,9 @@ TASKS = {
     "lora_rules_no_gauge": adapter_entry(AdapterFamily(), AdapterRecipe(spec=BOTH, learning_rate=1e-3, own_a=True)),
     "lora_rules_dora": adapter_entry(AdapterFamily(), AdapterRecipe(spec=AdapterSpec(dora=True))),
     "lora_tiny": adapter_entry(MINI, TINY),
-    # For generators that read token states instead of pooled sentences; no prompt has more tokens.
+    # For generators that read states of tokens or of sentences instead of pooled prompts; no prompt has more of them.
     "lora_rules_tokens": adapter_entry(AdapterFamily(tokens=56), AdapterRecipe()) | {"zoo": "lora_rules"},
+    "lora_rules_sentences": adapter_entry(AdapterFamily(tokens=5, encoder="sentences"), AdapterRecipe())
+    | {"zoo": "lora_rules"},
     "lora_tiny_tokens": adapter_entry(replace(MINI, tokens=32), TINY) | {"zoo": "lora_tiny"},
 }

@@ -24,26 +24,27 @@ SMALL_SIDE = 28  # pixels, of the images of the small CNN
 
 
 def large_error(
-    x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], net: nn.Module
+    x: Float[Tensor, "N C H W"], y: Int[Tensor, " N"], net: nn.Module
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(top-1 error in percent, mean cross-entropy in nats) of one network, in bounded memory."""
     return classification_error(x, y, _InParts(net))
 
 
-def large_correct(x: Float[Tensor, "N ..."], y: Int[Tensor, " N"], net: nn.Module) -> Bool[Tensor, " N"]:
+def large_correct(x: Float[Tensor, "N C H W"], y: Int[Tensor, " N"], net: nn.Module) -> Bool[Tensor, " N"]:
     """Which examples are classified correctly, in bounded memory."""
     return classification_correct(x, y, _InParts(net))
 
 
 class _InParts(nn.Module):
-    """A network that sees `EXAMPLES` inputs at a time."""
+    """A network that sees `EXAMPLES` inputs at a time, channels last in memory: what convolutions are fast with."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N classes"]:
-        return torch.cat([self.net(part) for part in x.split(EXAMPLES)])
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N classes"]:
+        parts = (part.contiguous(memory_format=torch.channels_last) for part in x.split(EXAMPLES))
+        return torch.cat([self.net(part) for part in parts])
 
 
 def _small(split: str) -> Callable[[], tuple[Tensor, Tensor]]:

@@ -127,14 +127,9 @@ def fresh_adapter(task: Task) -> Float[Tensor, " D"]:
     return task.structure.flatten({name: value.detach() for name, value in task.template.state_dict().items()})
 
 
-def reads_prompt_sets(generator: Generator) -> bool:
-    """Whether prompt["text"] are sets of prompts `[B, N, L, features]`, rather than their means `[B, features]`."""
-    return getattr(generator, "reads_prompt_sets", False)
-
-
 def prompt_for(generator: Generator, sets: PromptStates) -> Prompt:
     """Sets `[B, N]` of prompts in the form that a generator reads."""
-    return _prompt(sets, pooled=not reads_prompt_sets(generator))
+    return _prompt(sets, pooled=not generator.reads_prompt_sets)
 
 
 def _prompt(sets: PromptStates, pooled: bool) -> Prompt:

@@ -30,48 +30,55 @@ class Splits:
     test: tuple[Float[Tensor, "test ..."], Int[Tensor, " test"]]
 
 
-@dataclass
-class _Settings:
+@dataclass(frozen=True)
+class Places:
+    """Where `read` looks, in this order; whether it may download; and how many examples of each split it keeps."""
+
     roots: tuple[Path, ...] = (Path("data"),)
     download: bool = True
     examples: int | None = None
 
 
-_settings = _Settings()
+# The one setting of a process: the data functions of TASK_METADATA take no arguments, so they cannot be handed it.
+_places = Places()
 
 
 def configure(root: str | None, download: bool = True, examples: int | None = None) -> None:
-    """Say where data files are; called once, by the entry points, before a task is used.
+    """Say where `load` finds data files, in this process; called once, by the entry points, before a task is used.
 
     Args:
         examples: keep only the first this many of each split, for a machine that is small beside the data set.
     """
-    _settings.roots = tuple(Path(r) for r in dict.fromkeys(filter(None, (root, "data"))))
-    _settings.download = download
-    _settings.examples = examples
-    load.cache_clear()
+    global _places
+    _places = Places(tuple(Path(r) for r in dict.fromkeys(filter(None, (root, "data")))), download, examples)
+    read.cache_clear()
+
+
+def load(name: str) -> Splits:
+    """A data set, from where `configure` said; see `read`."""
+    return read(name, _places)
+
+
+def limit() -> int | None:
+    """The number of examples that `load` cuts each split to, None for whole ones."""
+    return _places.examples
 
 
 @cache
-def load(name: str) -> Splits:
-    """Read one data set: "digits", "mnist", "fashion_mnist" or "cifar10", as far as `configure` says.
+def read(name: str, places: Places) -> Splits:
+    """Read one data set: "digits", "mnist", "fashion_mnist" or "cifar10".
 
     Raises:
         DataError: no files were found and none could be downloaded; names every place that was looked at.
     """
-    splits = _READERS[name]()
-    if _settings.examples is None:
+    splits = _READERS[name](places)
+    if places.examples is None:
         return splits
-    kept = slice(_settings.examples)
+    kept = slice(places.examples)
     return Splits(*((x[kept].clone(), y[kept].clone()) for x, y in (splits.train, splits.validation, splits.test)))
 
 
-def limit() -> int | None:
-    """The number of examples that each split was cut to, None for whole ones."""
-    return _settings.examples
-
-
-def _digits() -> Splits:
+def _digits(_: Places) -> Splits:
     from sklearn.datasets import load_digits  # slow import, needed for this data set only
 
     bunch = load_digits()
@@ -83,16 +90,17 @@ def _digits() -> Splits:
     return _split(x[rest], y[rest], x[test], y[test], validation=300)
 
 
-def _mnist() -> Splits:
-    return _idx("MNIST", ("mnist", "MNIST/raw"))
+def _mnist(places: Places) -> Splits:
+    return _idx("MNIST", ("mnist", "MNIST/raw"), places)
 
 
-def _fashion_mnist() -> Splits:
-    return _idx("FashionMNIST", ("fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"))
+def _fashion_mnist(places: Places) -> Splits:
+    folders = "fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"
+    return _idx("FashionMNIST", folders, places)
 
 
-def _cifar10() -> Splits:
-    arrays = _cifar10_arrays()
+def _cifar10(places: Places) -> Splits:
+    arrays = _cifar10_arrays(places)
     x, y, x_test, y_test = (torch.from_numpy(a) for a in arrays)
     return _split(_channels_first(x), y.long(), _channels_first(x_test), y_test.long(), validation=5000)
 
@@ -114,17 +122,17 @@ def _channels_first(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().contiguous() / 255
 
 
-def _idx(torchvision_name: str, folders: tuple[str, ...]) -> Splits:
+def _idx(torchvision_name: str, folders: tuple[str, ...], places: Places) -> Splits:
     """MNIST's IDX files, plain or gzipped."""
     stems = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-    places = [root / folder for root in _settings.roots for folder in folders]
-    for folder in places:
+    looked = [root / folder for root in places.roots for folder in folders]
+    for folder in looked:
         files = [next((folder / f for f in (stem, stem + ".gz") if (folder / f).is_file()), None) for stem in stems]
         if all(files):
             x, y, x_test, y_test = (_read_idx(f) for f in files if f)
             break
     else:
-        dataset = _download(torchvision_name, places)
+        dataset = _download(torchvision_name, places, looked)
         train, test = dataset(train=True), dataset(train=False)
         x, y, x_test, y_test = train.data, train.targets, test.data, test.targets
     images, test_images = (part.unsqueeze(1).float() / 255 for part in (x, x_test))
@@ -146,16 +154,16 @@ def _read_idx(path: Path) -> Tensor:
     return torch.from_numpy(values.reshape(shape).copy())
 
 
-def _cifar10_arrays() -> tuple[np.ndarray, ...]:
+def _cifar10_arrays(places: Places) -> tuple[np.ndarray, ...]:
     """Images [N, 32, 32, 3] uint8 and labels of both parts, from an .npz, a JPEG pack, or torchvision's files."""
-    places = [root / name for root in _settings.roots for name in ("cifar10.npz", "cifar10_train_jpeg.npz")]
-    for place in places:
-        if place.is_file() and place.name == "cifar10.npz":
-            pack = np.load(place)
+    looked = [root / name for root in places.roots for name in ("cifar10.npz", "cifar10_train_jpeg.npz")]
+    for file in looked:
+        if file.is_file() and file.name == "cifar10.npz":
+            pack = np.load(file)
             return pack["x_train"], pack["y_train"], pack["x_test"], pack["y_test"]
-        if place.is_file():
-            return *_decode_jpegs(place), *_decode_jpegs(place.with_name("cifar10_test_jpeg.npz"))
-    dataset = _download("CIFAR10", [*places, *(root / "cifar-10-batches-py" for root in _settings.roots)])
+        if file.is_file():
+            return *_decode_jpegs(file), *_decode_jpegs(file.with_name("cifar10_test_jpeg.npz"))
+    dataset = _download("CIFAR10", places, [*looked, *(root / "cifar-10-batches-py" for root in places.roots)])
     train, test = dataset(train=True), dataset(train=False)
     return train.data, np.asarray(train.targets), test.data, np.asarray(test.targets)
 
@@ -170,22 +178,21 @@ def _decode_jpegs(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), pack["labels"]
 
 
-def _download(torchvision_name: str, places: list[Path]):
+def _download(torchvision_name: str, places: Places, looked: list[Path]):
     """A constructor of torchvision's data set, downloading it to the first root unless that is switched off."""
     import torchvision
 
-    root = _settings.roots[0]
+    root = places.roots[0]
 
     def dataset(train: bool):
-        return getattr(torchvision.datasets, torchvision_name)(root, train=train, download=_settings.download)
+        return getattr(torchvision.datasets, torchvision_name)(root, train=train, download=places.download)
 
     try:
         dataset(train=False)
     except (RuntimeError, OSError) as error:
-        looked = ", ".join(str(p) for p in places)
         raise DataError(
-            f"{torchvision_name} was not found. Looked in: {looked}, and under {root} as torchvision keeps it"
-            f"{'; downloading failed' if _settings.download else '; data.download is off'} ({error}). "
+            f"{torchvision_name} was not found. Looked in: {', '.join(map(str, looked))}, and under {root} as "
+            f"torchvision keeps it{'; downloading failed' if places.download else '; data.download is off'} ({error}). "
             f"Set data.root=FOLDER to where the files are, or data.download=true where there is a network."
         ) from error
     return dataset

@@ -1,19 +1,14 @@
 """What stands behind one written adapter, beside what one trained adapter takes."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from Gpt import seeds
 from Gpt.adapters.answers import answer_scores
 from Gpt.adapters.base import load_base
 from Gpt.adapters.measure import adapter_parts
-from Gpt.data.adapter_batches import AdapterBatchSampler, fresh_adapter, reads_prompt_sets
+from Gpt.data.adapter_batches import AdapterBatchSampler, fresh_adapter
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
-from Gpt.distributed import from_first
 from Gpt.evaluation import costs
-from Gpt.evaluation.costs import Spent
+from Gpt.evaluation.costs import Price, Spent
 from Gpt.evaluation.results import Costs
 from Gpt.generator import Generator
 from Gpt.tasks import Task
@@ -22,21 +17,10 @@ from Gpt.tasks import Task
 FROZEN_TRAINING_FACTOR = 2
 
 
-def adapter_costs(
-    generator: Generator,
-    task: Task,
-    zoo: Zoo,
-    write_one: Callable[[], Tensor],
-    sample_seconds: float,
-    spent: Spent,
-) -> Costs:
+def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spent: Spent) -> Costs:
     """Seconds and operations of the zoo, the generator, a written and a trained adapter; the encoder is not counted.
 
     What it took to train adapters that were imported is not known, and counts as nothing.
-
-    Args:
-        write_one: writes one adapter.
-        sample_seconds: what that takes.
     """
     family, recipe = adapter_parts(task)
     base = load_base(recipe.base, zoo.device)
@@ -48,13 +32,13 @@ def adapter_costs(
     return Costs(
         zoo_seconds=spent.zoo_seconds,
         generator_seconds=spent.training_seconds,
-        sample_seconds=sample_seconds,
+        sample_seconds=price.seconds,
         train_seconds=train_seconds,
         zoo_flops=zoo.runs * train_flops,
         generator_flops=spent.training_examples * costs.TRAINING_FACTOR * loss_flops(generator, task, zoo),
-        sample_flops=from_first(costs.count_flops(write_one)),
+        sample_flops=price.flops,
         train_flops=train_flops,
-        break_even=costs.break_even(spent.zoo_seconds + spent.training_seconds, sample_seconds, train_seconds),
+        break_even=costs.break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),
     )
 
 
@@ -63,7 +47,7 @@ def loss_flops(generator: Generator, task: Task, zoo: Zoo) -> float:
 
     A loss may change on the way: the mean of four moments of training.
     """
-    draw = AdapterBatchSampler(zoo, task, "train", BatchConfig(), pooled=not reads_prompt_sets(generator))
+    draw = AdapterBatchSampler(zoo, task, "train", BatchConfig(), pooled=not generator.reads_prompt_sets)
     batch, rng = draw(1, seeds.rng(zoo.device, 0)), seeds.rng(zoo.device, 0)
     found = []
     for progress in (0.125, 0.375, 0.625, 0.875):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from Gpt.adapters.family import AdapterFamily
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, ZooError
 from Gpt.evaluation.results import Interval, Results, Row, Trace
@@ -47,21 +46,20 @@ def read_runs(folders: Sequence[str | Path], metric: str) -> Others:
     return others
 
 
-def side_by_side(results: Results, others: Others, curves: Sequence[Trace]) -> Results:
-    """The results with this zoo's training curve, and with rows and curves of other runs; none appears twice."""
+def side_by_side(results: Results, others: Others) -> Results:
+    """The results with rows and training curves of other runs; none appears twice."""
+    curves = results.training_curves
     seen = [(curve.x, curve.mean) for curve in curves]
     added = [curve for curve in others.training_curves if (curve.x, curve.mean) not in seen]
     return replace(results, table=[*results.table, *others.rows], training_curves=[*curves, *added])
 
 
-def training_curves(zoo: Zoo, task: Task, count: int, seed: int = 0) -> list[Trace]:
-    """The test metric of ordinary training after every stored iteration, mean over the first `count` test runs.
+def training_curves(zoo: Zoo, task: Task, count: int | None, seed: int = 0) -> list[Trace]:
+    """The test metric of ordinary training after every stored iteration, mean over the first `count` test runs, or
+    all of them.
 
-    Nothing where no run is held out, or where the zoo stores the end of training alone or did not measure the rest; nor
-    for adapters, whose evaluation is about another metric.
+    Nothing where no run is held out, or where the zoo stores the end of training alone or did not measure the rest.
     """
-    if isinstance(task.family, AdapterFamily):
-        return []
     column = f"test_{task.metric}"
     try:
         rows = zoo.split("test")[:count]

@@ -8,9 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from Gpt.evaluation.prompting import Starts
+from Gpt.data.zoo import Zoo
 from Gpt.evaluation.results import Costs
-from Gpt.generator import Generator
 from Gpt.recipes import AdapterRecipe, PpoRecipe, SingleRecipe, SupervisedRecipe
 from Gpt.tasks import Task
 
@@ -27,11 +26,14 @@ class Spent:
     training_examples: int = 0
 
 
-def sample_flops(generator: Generator, starts: Starts, steps: int | None, guidance: float) -> float:
-    """FLOPs of writing one network."""
-    prompt = {"target_metric": starts.metric[:1].repeat(2)[None].to(starts.weights)}
-    start = starts.weights[:1] if generator.needs_start else None
-    return count_flops(lambda: generator.sample(prompt, start, count=1, steps=steps, guidance=guidance))
+@dataclass(frozen=True)
+class Price:
+    """What writing one network takes: seconds, of all processes that are at it; FLOPs; evaluations of the generator's
+    network."""
+
+    seconds: float
+    flops: float
+    passes: int
 
 
 def forward_flops(task: Task) -> float:
@@ -82,33 +84,35 @@ def training_step_flops(task: Task) -> float:
     return recipe.batch_size * TRAINING_FACTOR * forward_flops(task)
 
 
+def trainings(zoo: Zoo) -> int:
+    """How many networks were trained for a zoo: fewer than its runs where these are snapshots of longer ones."""
+    stored = len(zoo.manifest.iterations) if zoo.manifest else zoo.snapshots
+    return zoo.runs * zoo.snapshots // stored
+
+
 def break_even(fixed_seconds: float, sample_seconds: float, train_seconds: float) -> float | None:
     """Number of networks from which `fixed_seconds` once and `sample_seconds` each beat `train_seconds` each."""
     saved = train_seconds - sample_seconds
     return fixed_seconds / saved if saved > 0 else None
 
 
-def costs(
-    task: Task,
-    *,
-    runs: int,
-    zoo_seconds: float,
-    generator_seconds: float,
-    sample_seconds: float,
-    train_seconds: float,
-    generator_flops: float,
-    flops_of_a_sample: float,
-) -> Costs:
-    """Everything behind one generated network beside one network's training by the recipe."""
-    train_flops = (training_steps(task) or 0) * training_step_flops(task)
+def costs(task: Task, zoo: Zoo, price: Price, spent: Spent, step_seconds: float = 0.0) -> Costs:
+    """Everything behind one generated network beside one network's training by the recipe.
+
+    Args:
+        step_seconds: of a gradient step, which stand for the training of a network where its share of the zoo's
+            wall-clock is not known.
+    """
+    count, steps = trainings(zoo), training_steps(task) or 0
+    train_seconds, train_flops = spent.zoo_seconds / count or step_seconds * steps, steps * training_step_flops(task)
     return Costs(
-        zoo_seconds=zoo_seconds,
-        generator_seconds=generator_seconds,
-        sample_seconds=sample_seconds,
+        zoo_seconds=spent.zoo_seconds,
+        generator_seconds=spent.training_seconds,
+        sample_seconds=price.seconds,
         train_seconds=train_seconds,
-        zoo_flops=runs * train_flops,
-        generator_flops=generator_flops,
-        sample_flops=flops_of_a_sample,
+        zoo_flops=count * train_flops,
+        generator_flops=spent.training_examples * TRAINING_FACTOR * price.flops / price.passes,
+        sample_flops=price.flops,
         train_flops=train_flops,
-        break_even=break_even(zoo_seconds + generator_seconds, sample_seconds, train_seconds),
+        break_even=break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),
     )

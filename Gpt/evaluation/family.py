@@ -5,7 +5,6 @@ it. Selection (guidance, ridge penalties, stored networks) reads the validation 
 masks are written for and measured once, on test images.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,19 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from Gpt.data.zoo import Zoo
-from Gpt.descriptions import Descriptions
-from Gpt.distributed import Rows, busy, from_first, in_chunks
-from Gpt.errors import ConfigError
 from Gpt.evaluation import baselines, costs
-from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.evaluate import EvaluationConfig, Progress
+from Gpt.evaluation.beside import training_curves
+from Gpt.evaluation.costs import Price, Spent
+from Gpt.evaluation.judge import Judge, Progress
 from Gpt.evaluation.mask_baselines import KERNEL_SETTINGS, kernel_ridge_networks
 from Gpt.evaluation.population import test_population
-from Gpt.evaluation.prompting import best_attained, evaluating, validation_metric
+from Gpt.evaluation.prompting import best_attained, validation_metric
 from Gpt.evaluation.reading import heard
 from Gpt.evaluation.results import Costs, Results, Row
 from Gpt.evaluation.statistics import bootstrap_interval
+from Gpt.evaluation.writing import Request, Writer
 from Gpt.generator import Generator, Prompt
 from Gpt.masks import (
     MaskSplit,
@@ -37,83 +34,15 @@ from Gpt.masks import (
     ridge_networks,
     swap_outputs,
 )
-from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
 GUIDANCE = (1.0, 1.5, 2.0)
-WISHES = (0.0, 0.1, 0.25, 0.5)  # quantiles of what trained networks reach, the best first
+QUANTILES = (0.0, 0.1, 0.25, 0.5)  # of what trained networks reach, the best first: metrics to ask for
 RIDGE_SETTINGS = [{"penalty": penalty} for penalty in (0.1, 1.0, 10.0, 100.0, 1000.0)]
 
 
-def evaluate_family(
-    generator: Generator,
-    task: Task,
-    zoo: Zoo,
-    config: EvaluationConfig,
-    device: torch.device | str,
-    spent: Spent = Spent(),
-    *,
-    conditions: Sequence[str] = ("class_mask",),
-    descriptions: Descriptions | None = None,
-    progress: Progress | None = None,
-) -> Results:
-    """Judge a generator on the held-out masks of a family, beside everything that it has to beat.
-
-    Args:
-        config: `samples_per_prompt` networks are written for each mask; `guidance` is one more candidate of the
-            selection; `label`, `steps`, `max_batch` and `seed` mean what they always do.
-        spent: on the generator and on its zoo.
-        conditions: what the generator is prompted with. A metric that is asked for together with the mask is chosen on
-            the validation masks.
-        descriptions: sentences for a generator that is prompted with text, in wordings that training did not have.
-
-    Raises:
-        ConfigError: the task is no family.
-    """
-    say = progress or (lambda phrase: None)
-    bench = FamilyBench(generator, task, zoo, config, device, conditions, descriptions)
-    with evaluating(generator):
-        say("choosing the guidance")
-        request = bench.choose_request()
-        say("unseen masks")
-        rows, paid = bench.written(request, spent)
-        say("baselines")
-        rows += [bench.ordinary_training(paid), *bench.trivial_networks(), bench.majority_class()]
-    return Results(
-        task=task.name,
-        metric=f"test_{task.metric}",
-        minimize=task.minimize,
-        table=rows,
-        costs=paid,
-        notes=bench.notes(),
-    )
-
-
-def family_score(
-    generator: Generator,
-    task: Task,
-    zoo: Zoo,
-    config: EvaluationConfig,
-    device: torch.device | str,
-    *,
-    conditions: Sequence[str] = ("class_mask",),
-    descriptions: Descriptions | None = None,
-) -> dict[str, float]:
-    """What training watches: the mean over all validation masks, a network each, and the worst of them.
-
-    Returns:
-        `validation_<metric>` and `validation_worst_mask`, both on validation images.
-    """
-    bench = FamilyBench(generator, task, zoo, config, device, conditions, descriptions)
-    with evaluating(generator):
-        weights = bench.write(bench.family.validation_masks, "validation score", bench.request)
-    metric = bench.validation_metric(weights, bench.family.validation_masks)
-    worst = metric.max() if task.minimize else metric.min()
-    return {f"validation_{task.metric}": float(metric.mean()), "validation_worst_mask": float(worst)}
-
-
 @dataclass(frozen=True)
-class Request:
+class Wish:
     """How networks are asked for.
 
     Attributes:
@@ -128,75 +57,84 @@ class Request:
     wordings: str = "validation"
 
 
-class FamilyBench:
-    """One evaluation's parts, each a method; what they share is made once."""
+class MaskJudge(Judge):
+    """Judges a generator that is told a class mask, by bits, in words, or both; beside it may be asked for a metric."""
 
-    def __init__(
-        self,
-        generator: Generator,
-        task: Task,
-        zoo: Zoo,
-        config: EvaluationConfig,
-        device: torch.device | str,
-        conditions: Sequence[str] = ("class_mask",),
-        descriptions: Descriptions | None = None,
-    ):
-        if not isinstance(task.family, MaskSplit):
-            raise ConfigError(
-                f"task {task.name!r} is not one task for each mask; give it the key 'family', a MaskSplit"
-            )
-        self.family = task.family
-        self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
-        self.masks, self.conditions, self.descriptions = self.family.test_masks, conditions, descriptions
+    name = "class masks"
+    settings = frozenset({"samples_per_prompt"})
+
+    @classmethod
+    def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
+        return isinstance(task.family, MaskSplit)
 
     @property
-    def request(self) -> Request:
+    def family(self) -> MaskSplit:
+        assert isinstance(self.task.family, MaskSplit)
+        return self.task.family
+
+    @property
+    def masks(self) -> Bool[Tensor, "masks classes"]:
+        """The held-out ones."""
+        return self.family.test_masks
+
+    def evaluate(self, spent: Spent = Spent(), progress: Progress = lambda phrase: None) -> Results:
+        progress("choosing the guidance")
+        wish = self.choose_wish()
+        progress("unseen masks")
+        rows, price = self.written(wish)
+        paid = costs.costs(self.task, self.zoo, price, spent)
+        progress("baselines")
+        return self.results(
+            table=[*rows, self.ordinary_training(paid), *self.trivial_networks(), self.majority_class()],
+            training_curves=training_curves(self.zoo, self.task, None, self.config.seed),
+            costs=paid,
+            notes=self.notes(),
+        )
+
+    def score(self) -> dict[str, float]:
+        """What training watches: the mean over all validation masks, a network each, and the worst of them.
+
+        Returns:
+            `validation_<metric>` and `validation_worst_mask`, both on validation images.
+        """
+        masks = self.family.validation_masks
+        metric = self.validation_metric(self.write(masks, "validation score", self.wish), masks)
+        worst = metric.max() if self.task.minimize else metric.min()
+        return {f"validation_{self.task.metric}": float(metric.mean()), "validation_worst_mask": float(worst)}
+
+    @property
+    def wish(self) -> Wish:
         """The one that nothing was chosen for: the best metric that a training run attained."""
         wanted = best_attained(self.zoo, self.task) if "target_metric" in self.conditions else None
         told = tuple(name for name in ("class_mask", "text") if name in self.conditions)
-        return Request(self.config.guidance, told, wanted)
+        return Wish(self.config.guidance, told, wanted)
 
-    def write(self, masks: Bool[Tensor, "P classes"], name: str, request: Request) -> Float[Tensor, "P D"]:
-        """A network for every mask, `max_batch` at once, shared by the processes; `name` names the noise.
+    def write(self, masks: Bool[Tensor, "P classes"], name: str, wish: Wish) -> Float[Tensor, "P D"]:
+        """A network for every mask; `name` names the noise."""
+        return self.writer_of(wish)(self.request(masks, wish), name)
+
+    def writer_of(self, wish: Wish) -> Writer:
+        return replace(self.writer, guidance=wish.guidance)
+
+    def request(self, masks: Bool[Tensor, "P classes"], wish: Wish) -> Request:
+        """The masks, as bits and in words (which words, the networks' numbers say), and, where it is asked for, (metric
+        of the start on its mask, wanted metric).
 
         A generator that needs starts gets the initialisations of the held-out runs, one after the other.
         """
-
-        def write(chunk: slice) -> Rows:
-            rows = torch.arange(chunk.start, chunk.stop)
-            start = self._starts[rows % len(self._starts)] if self.generator.needs_start else None
-            written = self.generator.sample(
-                self._prompt(masks[rows], rows, start, request),
-                start,
-                count=len(rows),
-                steps=self.config.steps,
-                guidance=request.guidance,
-                seed=derive_seed(self.config.seed, name, chunk.start),
-            )
-            return {"weights": written.float()}
-
-        return in_chunks(write, len(masks), self.config.max_batch)["weights"]
-
-    def _prompt(
-        self,
-        masks: Bool[Tensor, "P classes"],
-        numbers: Int[Tensor, " P"],
-        start: Float[Tensor, "P D"] | None,
-        request: Request,
-    ) -> Prompt:
-        """The masks, as bits and in words (which words, the networks' numbers say), and, where it is asked for, (metric
-        of the start on its mask, wanted metric)."""
+        numbers = torch.arange(len(masks))
+        start = self._starts[numbers % len(self._starts)] if self.generator.needs_start else None
         prompt: Prompt = {}
-        if "class_mask" in request.conditions:
+        if "class_mask" in wish.conditions:
             prompt["class_mask"] = masks.float().to(self.device)
-        if "text" in request.conditions and self.descriptions is not None:
-            sentences = self.descriptions(masks, request.wordings)
-            prompt["text"] = sentences[torch.arange(len(masks)), numbers % sentences.shape[1]].to(self.device)
-        if request.wanted is not None:
+        if "text" in wish.conditions and self.descriptions is not None:
+            sentences = self.descriptions(masks, wish.wordings)
+            prompt["text"] = sentences[numbers, numbers % sentences.shape[1]].to(self.device)
+        if wish.wanted is not None:
             given = torch.full((len(masks),), torch.nan) if start is None else self.validation_metric(start, masks)
-            pair = torch.stack([given, torch.full_like(given, request.wanted)], 1)
+            pair = torch.stack([given, torch.full_like(given, wish.wanted)], 1)
             prompt["target_metric"] = pair.float().to(self.device)
-        return prompt
+        return Request(len(masks), prompt, start)
 
     @cached_property
     def _starts(self) -> Float[Tensor, "n D"]:
@@ -243,41 +181,37 @@ class FamilyBench:
 
     # --- the generator ------------------------------------------------------------------------------------------------
 
-    def choose_request(self) -> Request:
+    def choose_wish(self) -> Wish:
         """The wanted metric that serves the validation masks best, where one is asked for, then the guidance; without a
         null condition there is no guidance to choose."""
         masks, _ = repeated(self.family.validation_masks, self.config.samples_per_prompt)
 
-        def best(requests: list[Request]) -> Request:
-            scores = [float(self.validation_metric(self.write(masks, "choice", r), masks).mean()) for r in requests]
-            return requests[scores.index(min(scores) if self.task.minimize else max(scores))]
+        def best(wishes: list[Wish]) -> Wish:
+            scores = [float(self.validation_metric(self.write(masks, "choice", w), masks).mean()) for w in wishes]
+            return wishes[scores.index(min(scores) if self.task.minimize else max(scores))]
 
-        request = self.request
-        if request.wanted is not None:
+        wish = self.wish
+        if wish.wanted is not None:
             finals = validation_metric(self.zoo, self.task)[self.zoo.split("train").cpu(), -1]
             finals = finals[finals.isfinite()]
-            places = [q if self.task.minimize else 1 - q for q in WISHES]
-            request = best([replace(request, wanted=float(finals.quantile(place))) for place in places])
-        conditions = getattr(self.generator, "conditions", None)
+            places = [q if self.task.minimize else 1 - q for q in QUANTILES]
+            wish = best([replace(wish, wanted=float(finals.quantile(place))) for place in places])
+        conditions = self.generator.conditions
         if conditions is None or conditions.dropout == 0:
-            return request
-        return best([replace(request, guidance=g) for g in sorted({*GUIDANCE, self.config.guidance})])
+            return wish
+        return best([replace(wish, guidance=g) for g in sorted({*GUIDANCE, self.config.guidance})])
 
-    def written(self, request: Request, spent: Spent) -> tuple[list[Row], Costs]:
+    def written(self, wish: Wish) -> tuple[list[Row], Price]:
         """Networks for the held-out masks, for as many seen ones, and, as a control, for other masks than wanted."""
-        label, samples, request = self.config.label, self.config.samples_per_prompt, replace(request, wordings="test")
+        label, samples, wish = self.config.label, self.config.samples_per_prompt, replace(wish, wordings="test")
         masks, of_mask = repeated(self.masks, samples)
         familiar = self.family.train_masks[: len(self.masks)]
-        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", request)  # compiles what is timed next
-        began = time.perf_counter()
-        networks = self.write(masks, "unseen masks", request)
-        networks.sum().item()  # waits for the device
-        seconds = from_first(time.perf_counter() - began) * busy(len(masks), self.config.max_batch) / len(masks)
-        flops = from_first(costs.count_flops(lambda: self.write(self.masks[:1], "unseen masks", request)))
-        details = {"seconds": seconds, "flops": flops}
-        note = f"{samples} networks a mask; guidance {request.guidance:g}, chosen on validation masks"
-        if request.wanted is not None:
-            note += f"; asked for {self.task.metric} {request.wanted:.3g}, likewise"
+        networks, price = self.writer_of(wish).timed(self.request(masks, wish), "unseen masks")
+        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", wish)
+        details = {"seconds": price.seconds, "flops": price.flops}
+        note = f"{samples} networks a mask; guidance {wish.guidance:g}, chosen on validation masks"
+        if wish.wanted is not None:
+            note += f"; asked for {self.task.metric} {wish.wanted:.3g}, likewise"
         rows = [
             self.row(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
             self.row(f"{label}, seen masks", "generator", for_familiar, familiar, of_mask, note=note, **details),
@@ -286,28 +220,17 @@ class FamilyBench:
                 note="the networks for unseen masks, each measured on another one",
             ),
         ]  # fmt: skip
-        if self.descriptions is not None and len(request.conditions) > 1:
-            spoken = self.write(masks, "sentences alone", replace(request, conditions=("text",)))
+        if self.descriptions is not None and len(wish.conditions) > 1:
+            spoken = self.write(masks, "sentences alone", replace(wish, conditions=("text",)))
             name = f"{label}, unseen masks in words alone"
             rows.append(self.row(name, "generator", spoken, self.masks, of_mask, note=note, **details))
             read = heard(self.descriptions, self.masks)
             understood = read[of_mask, torch.arange(len(masks)) % read.shape[1]]  # sentences as they were told above
-            told = self.write(understood, "sentences read", replace(request, conditions=("class_mask",)))
+            told = self.write(understood, "sentences read", replace(wish, conditions=("class_mask",)))
             right = float((read == self.masks[:, None]).all(-1).float().mean())
             name, note = f"{label}, unseen masks read off words", f"{right:.0%} of the sentences read without a mistake"
             rows.append(self.row(name, "generator", told, self.masks, of_mask, note=note, **details))
-        passes = (self.config.steps or self.generator.default_steps) * (1 if request.guidance == 1 else 2)
-        paid = costs.costs(
-            self.task,
-            runs=self.zoo.runs,
-            zoo_seconds=spent.zoo_seconds,
-            generator_seconds=spent.training_seconds,
-            sample_seconds=seconds,
-            train_seconds=spent.zoo_seconds / self.zoo.runs,
-            generator_flops=spent.training_examples * costs.TRAINING_FACTOR * flops / passes,
-            flops_of_a_sample=flops,
-        )
-        return rows, paid
+        return rows, price
 
     # --- what it has to beat ------------------------------------------------------------------------------------------
 

@@ -1,7 +1,5 @@
 """Asking a generator for networks: prompt ranges, one-step curves, recursive updates, unfamiliar starting networks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,13 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from Gpt.data.zoo import Zoo
-from Gpt.distributed import Rows, busy, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.results import PromptCurve
 from Gpt.evaluation.statistics import bootstrap_interval, prompt_alignment
-from Gpt.generator import Generator
-from Gpt.seeds import derive_seed, rng
+from Gpt.evaluation.writing import Request, Writer
+from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.tasks import Task
 
@@ -29,56 +26,25 @@ class Starts:
     metric: Float[Tensor, " n"]
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A generator with its sampling settings; asks for networks in batches of `max_batch`, shared by the processes."""
+def update_request(starts: Starts, wanted: Float[Tensor, "n ..."], needs_start: bool) -> Request:
+    """Networks from each start towards each of its wanted metrics (validation split, plain units), one after the other.
 
-    generator: Generator
-    steps: int | None = None
-    guidance: float = 1.0
-    seed: int = 0
-    max_batch: int = 2048
-
-    @torch.no_grad()
-    def __call__(self, starts: Starts, wanted: Float[Tensor, "n ..."], name: str) -> Float[Tensor, "n ... D"]:
-        """Networks written from each start towards each of its wanted metrics (validation split, plain units).
-
-        The prompt is `{"target_metric": [B, 2]}`: the start's metric and the wanted one. For a generator that needs no
-        start, the first is NaN (unknown), as in its training. `name` names the noise.
-        """
-        asked = wanted.reshape(len(wanted), -1)
-        rows = torch.arange(len(asked)).repeat_interleave(asked.shape[1])
-        given = starts.metric.cpu()[rows] if self.generator.needs_start else torch.full((len(rows),), torch.nan)
-        prompts = torch.stack([given, asked.flatten().cpu()], 1).to(starts.weights)
-
-        def write(chunk: slice) -> Rows:
-            start = starts.weights[rows[chunk].to(starts.weights.device)] if self.generator.needs_start else None
-            written = self.generator.sample(
-                {"target_metric": prompts[chunk]},
-                start,
-                count=len(prompts[chunk]),
-                steps=self.steps,
-                guidance=self.guidance,
-                seed=derive_seed(self.seed, name, chunk.start),
-            )
-            return {"weights": written.float()}
-
-        return in_chunks(write, len(rows), self.max_batch)["weights"].unflatten(0, wanted.shape)
-
-    def processes(self, count: int) -> int:
-        """How many processes are at work on `count` networks: seconds of each of them add up."""
-        return busy(count, self.max_batch)
+    The prompt is `{"target_metric": [B, 2]}`: the start's metric and the wanted one. For a generator that needs no
+    start, the first is NaN (unknown), as in its training.
+    """
+    asked = wanted.reshape(len(wanted), -1)
+    rows = torch.arange(len(asked)).repeat_interleave(asked.shape[1])
+    given = starts.metric.cpu()[rows] if needs_start else torch.full((len(rows),), torch.nan)
+    prompt = torch.stack([given, asked.flatten().cpu()], 1).to(starts.weights)
+    start = starts.weights[rows.to(starts.weights.device)] if needs_start else None
+    return Request(len(rows), {"target_metric": prompt}, start)
 
 
-@contextmanager
-def evaluating(generator: Generator) -> Iterator[None]:
-    """Eval mode inside, the previous mode afterwards."""
-    was_training = generator.training
-    generator.eval()
-    try:
-        yield
-    finally:
-        generator.train(was_training)
+def write_updates(
+    writer: Writer, starts: Starts, wanted: Float[Tensor, "n ..."], name: str
+) -> Float[Tensor, "n ... D"]:
+    """What `update_request` asks for; `name` names the noise."""
+    return writer(update_request(starts, wanted, writer.generator.needs_start), name).unflatten(0, wanted.shape)
 
 
 def validation_metric(zoo: Zoo, task: Task) -> Float[Tensor, "runs snapshots"]:
@@ -141,7 +107,7 @@ def achieved_metric(
     writer: Writer, task: Task, starts: Starts, wanted: Float[Tensor, "n p"], samples: int, name: str
 ) -> Float[Tensor, "n p"]:
     """Validation metric of what is written for every wish, mean over `samples` networks each."""
-    weights = writer(starts, wanted[..., None].expand(-1, -1, samples), name)
+    weights = write_updates(writer, starts, wanted[..., None].expand(-1, -1, samples), name)
     metric = test_population(task, weights.flatten(0, -2), "validation")[f"validation_{task.metric}"]
     return metric.view(*wanted.shape, samples).mean(-1)
 
@@ -177,7 +143,7 @@ def recursive_updates(
     for update in range(1, updates + 1):
         fraction = update / updates if mode == "stepped" else 1.0
         wanted = torch.lerp(starts.metric, torch.full_like(starts.metric, target), fraction)
-        weights = writer(generations[-1], wanted, f"{name}/{update}")
+        weights = write_updates(writer, generations[-1], wanted, f"{name}/{update}")
         metric = test_population(task, weights, "validation")[f"validation_{task.metric}"]
         # A prompt has to be finite: a network broken beyond measure is announced with the metric of its start.
         metric = torch.where(metric.isfinite(), metric, starts.metric)

@@ -76,15 +76,26 @@ def test_groups_are_even_and_of_similar_length():
     assert all(max(a) <= min(b) for a, b in pairwise(lengths))
 
 
-def test_the_first_step_is_adamws_by_hand():
+def test_steps_are_adamws_by_hand_at_a_rate_that_falls_to_a_tenth():
     task = make_task(weight_decay=0.1)
-    weights, _ = train_adapter_population(task, task.recipe, [3], 0, [0, 1], "cpu")
-    base, start = load_base("tiny"), weights[:, 0].clone().requires_grad_()
+    weights, _ = train_adapter_population(task, task.recipe, [3], 0, [0, 1, 2], "cpu")
+    base, keys = load_base("tiny"), run_keys(0, "batches", [3])
     pool = Answers(*task.data("train"))[task.family.member_of_runs(torch.tensor([3]))]
-    batch = mini_batches(pool, run_keys(0, "batches", [3]), 0, 8)
-    (gradient,) = torch.autograd.grad(answer_loss(base, task.recipe.spec, start, batch).sum(), start)
+    first, second = weights[:, 0], weights[:, 1]
+
+    def gradient(iteration):
+        start = weights[:, iteration].clone().requires_grad_()
+        batch = mini_batches(pool, keys, iteration, 8)
+        return torch.autograd.grad(answer_loss(base, task.recipe.spec, start, batch).sum(), start)[0]
+
+    g, h = gradient(0), gradient(1)
     # Adam's first step is the sign of the gradient (its epsilon apart); decay has nothing to shrink in zeros.
-    torch.testing.assert_close(weights[:, 1], -1e-2 * gradient / (gradient.abs() + 1e-8), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(second, first - 1e-2 * g / (g.abs() + 1e-8), rtol=1e-3, atol=1e-5)
+    mean = (0.9 * 0.1 * g + 0.1 * h) / (1 - 0.9**2)
+    square = (0.999 * 0.001 * g**2 + 0.001 * h**2) / (1 - 0.999**2)
+    rate = 1e-2 * (1 - 0.9 * 1 / 12)
+    by_hand = second * (1 - rate * 0.1) - rate * mean / (square.sqrt() + 1e-8)
+    torch.testing.assert_close(weights[:, 2], by_hand, rtol=1e-3, atol=1e-5)
 
 
 def test_an_epoch_shows_every_example_once_and_too_few_are_named():

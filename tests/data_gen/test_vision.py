@@ -240,6 +240,19 @@ def test_pixels_that_are_moved_as_one_number_are_the_same_pixels():
     assert torch.equal(crops[1, 0], images[2])  # window 80 is the image itself
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_colour_images_without_augmentation_are_the_examples_drawn(task_of, monkeypatch, precision):
+    monkeypatch.setattr(vision, "training_precision", lambda template, device: precision)
+    task = task_of(small_conv, (3, 8, 8))
+    step = vision.TrainingStep(task, RECIPE, torch.device("cpu"))
+    state = step.initial_state([0, 3], 0)
+    examples, windows = step.draw(state)
+    inputs, labels = step.mini_batches(state, examples, windows)
+    images, classes = task.data("train")
+    assert torch.equal(inputs, images.to(precision)[examples]) and torch.equal(labels, classes[examples])
+    assert inputs.stride(2) == 1  # channels last
+
+
 def test_progress_counts_snapshots(task_of):
     counts = []
     train(task_of(mlp), progress=counts.append)

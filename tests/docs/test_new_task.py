@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import main
+from Gpt.errors import UserError
 from Gpt.tasks import check_entry
 
 PAGE = (Path(main.__file__).parent / "docs" / "new_task.md").read_text(encoding="utf-8")
@@ -115,7 +116,7 @@ def test_a_task_with_checkpoints(monkeypatch, capsys, place):
 )  # fmt: skip
 def test_messages_are_quoted_as_they_are(change, message):
     entry = runpy.run_path("my_tasks.py")["TASK_METADATA"]["wine_loss"]
-    with pytest.raises(main.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         check_entry("wine_loss", entry | change)
     assert str(caught.value) == message
     assert f"error: {message}" in PAGE

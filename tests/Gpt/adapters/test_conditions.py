@@ -55,6 +55,19 @@ def test_minilm_token_states_pool_to_the_sentence():
     assert rows[0, 0] @ rows[1, 0] > 0.8 > rows[0, 0] @ rows[0, 1]
 
 
+@pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
+def test_a_sentence_of_a_prompt_is_the_same_state_in_any_company():
+    pytest.importorskip("transformers")
+    alone = prompt_states([["Give the last word.", "Input: 1. apple 2. seven"]]).states.squeeze(2)
+    prompts = ["Give the last word. Which one? That!\nInput: 1. apple 2. seven", "Give the last word.", ""]
+    found = prompt_states([prompts], "sentences", 5)
+    assert found.mask[0].sum(-1).tolist() == [4, 1, 1] and not found.states[~found.mask].any()
+    torch.testing.assert_close(found.states[0, :2, 0], alone[0, :1].expand(2, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.states[0, 0, 3], alone[0, 1], rtol=1e-4, atol=1e-5)
+    cut = prompt_states([prompts], "sentences", 2)
+    torch.testing.assert_close(cut.states, found.states[:, :, :2], rtol=1e-4, atol=1e-5)
+
+
 def test_the_mean_of_a_set_is_over_all_states_that_are_no_padding():
     states = torch.tensor([[[[1.0], [3.0]], [[5.0], [0.0]]]])
     mask = torch.tensor([[[True, True], [True, False]]])
@@ -71,5 +84,5 @@ def test_sets_of_hashed_prompts_in_known_wordings_tell_tasks_apart():
 
 
 def test_an_unknown_encoder_is_named():
-    with pytest.raises(ConfigError, match="encoder 'bert' is not known, expected one of minilm, hash"):
+    with pytest.raises(ConfigError, match="encoder 'bert' is not known, expected one of minilm, sentences, hash"):
         prompt_states(PROMPTS, "bert")

@@ -14,9 +14,9 @@ from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.data.views import split_by_snapshot
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
-from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.evaluation.population import correct_population
-from Gpt.evaluation.whole import HELD_OUT, evaluate_whole, whole_score
+from Gpt.evaluation.whole import HELD_OUT, WholeJudge
 from Gpt.recipes import SingleRecipe
 from Gpt.scoring import classification_correct, classification_error
 from Gpt.seeds import rng
@@ -35,15 +35,13 @@ def cifar(tmp_path_factory):
         arrays |= {f"x_{part}": pixels.astype(np.uint8), f"y_{part}": labels}
     folder = tmp_path_factory.mktemp("cifar")
     np.savez(folder / "cifar10.npz", **arrays)
-    before = sources._settings.roots, sources._settings.download
     sources.configure(str(folder), download=False)
     small = sources.load("cifar10")
     with pytest.MonkeyPatch.context() as patch:
         cut = replace(small, validation=tuple(part[:32] for part in small.validation))
         patch.setattr(sources, "load", lambda name: cut)
         yield cut
-    sources._settings.roots, sources._settings.download = before
-    sources.load.cache_clear()
+    sources.configure(None)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -68,8 +66,8 @@ def test_large_networks_are_scored_in_parts_with_the_same_result(monkeypatch):
             seen.append(len(x))
             return super().forward(x)
 
-    net, x = Recording(4, 3), torch.randn(20, 4, generator=rng("cpu", 0))
-    y = torch.randint(3, (20,), generator=rng("cpu", 1))
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), Recording(12, 3))
+    x, y = torch.randn(20, 2, 3, 3, generator=rng("cpu", 0)), torch.randint(3, (20,), generator=rng("cpu", 1))
     torch.testing.assert_close(large_error(x, y, net), classification_error(x, y, torch.nn.Sequential(net)))
     assert torch.equal(large_correct(x, y, net), classification_correct(x, y, torch.nn.Sequential(net)))
     assert max(seen) == 20 and seen[:3] == [7, 7, 6]
@@ -103,8 +101,8 @@ def test_a_generator_learns_one_trajectory_and_is_judged(trajectory):
         losses.append(loss.item())
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
     config = EvaluationConfig(label="RPG", networks=10, noise_scales=(0.02, 0.3), soup=3, quick_networks=2)
-    score = whole_score(generator, task, zoo, config, "cpu")
-    results = evaluate_whole(generator, task, zoo, config, "cpu")
+    judge = WholeJudge(generator, task, zoo, config, "cpu")
+    score, results = judge.score(), judge.evaluate()
     table = {row.name: row.metrics["test_error"] for row in results.table}
     assert score["validation_error"] <= score["validation_worst_error"]
     assert abs(table["RPG, written from noise"].mean - table[HELD_OUT].mean) < 10

@@ -62,7 +62,7 @@ def test_digits_need_no_files():
     check(splits, (1, 8, 8), 1097, 300, 400)
     everything = torch.cat([x for x, _ in (splits.train, splits.validation, splits.test)]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # all images, none in two splits
-    again = (sources.load.cache_clear(), sources.load("digits"))[1]
+    again = (sources.read.cache_clear(), sources.load("digits"))[1]
     assert torch.equal(again.test[0], splits.test[0])
 
 

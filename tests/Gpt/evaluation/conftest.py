@@ -1,11 +1,14 @@
 """A small task with a zoo that trains in a second, and generators whose behaviour is known in advance."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
-from torch import nn
 
 from Gpt.data.zoo import Zoo
+from Gpt.diffusion.objectives import FlowMatching
 from Gpt.evaluation import baselines
+from Gpt.evaluation.judge import EVERY_JUDGE, EvaluationConfig, Judge
 from Gpt.evaluation.optimisers import OPTIMISERS, optimise
 from Gpt.evaluation.population import test_population as measure
 from Gpt.generator import Generator
@@ -14,6 +17,32 @@ from Gpt.population.functional import stack_initial
 from Gpt.recipes import SupervisedRecipe
 from Gpt.scoring import classification_correct, classification_loss
 from Gpt.tasks import Task, check_entry
+
+
+class Watched(EvaluationConfig):
+    """Notes which settings are read."""
+
+    def __getattribute__(self, name):
+        if name in EvaluationConfig.__dataclass_fields__:
+            super().__getattribute__("read").add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.fixture(scope="session")
+def check_settings():
+    """Judges with the settings of a judge, and checks that it reads those that it says it reads, and no others."""
+
+    def check(judge: Judge, *asked):
+        watched = Watched.__new__(Watched)
+        object.__setattr__(watched, "read", set())
+        watched.__dict__.update(asdict(judge.config))
+        judge.config = watched
+        judge.score()
+        results = judge.evaluate(*asked)
+        assert watched.read - EVERY_JUDGE == judge.settings
+        return results
+
+    return check
 
 
 def blobs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,10 +91,10 @@ def zoo(task) -> Zoo:
 class Copying(Generator):
     """Returns the stored training snapshot that answers the prompt best: perfectly aligned, nothing new."""
 
-    default_steps = 1
+    noise_shape = (0,)
 
     def __init__(self, zoo: Zoo, task: Task, needs_start: bool = True):
-        nn.Module.__init__(self)
+        super().__init__(task.structure, FlowMatching(), "euler", 1)
         self.zoo, self.task, self.needs_start = zoo, task, needs_start
         self.layer = torch.nn.Linear(2, 2, bias=False)
         self.batches = []
@@ -92,13 +121,16 @@ def copying_from_noise(zoo, task) -> Copying:
 class Idle(Generator):
     """Returns what it was given."""
 
-    default_steps, needs_start = 1, True
-    __init__ = nn.Module.__init__
+    noise_shape, needs_start = (0,), True
+
+    def __init__(self, task: Task):
+        super().__init__(task.structure, FlowMatching(), "euler", 1)
+        self.layer = torch.nn.Linear(2, 2)
 
     def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
         return start.clone()
 
 
 @pytest.fixture(scope="module")
-def idle() -> Idle:
-    return Idle()
+def idle(task) -> Idle:
+    return Idle(task)

@@ -14,10 +14,10 @@ from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.errors import TaskError, ZooError
 from Gpt.evaluation.adapter_scores import ratio_interval
-from Gpt.evaluation.adapters import AdapterBench, adapters_metric, adapters_score, evaluate_adapters
-from Gpt.evaluation.beside import training_curves
+from Gpt.evaluation.adapter_tasks import AdapterTasks
+from Gpt.evaluation.adapters import AdapterJudge
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.evaluate import EvaluationConfig
+from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.generator import Generator
 from Gpt.recipes import AdapterRecipe
 from Gpt.report.text import print_table
@@ -45,7 +45,7 @@ def zoo(task):
 
 @pytest.mark.parametrize(("held_out", "metric"), [({}, "s2_exact"), ({"unseen_combinations": 0}, "s1_exact")])
 def test_the_report_is_about_unseen_combinations_where_there_are_any(task, held_out, metric):
-    assert adapters_metric(replace(task.family, **held_out)) == metric
+    assert AdapterJudge.column(replace(task, family=replace(task.family, **held_out))) == metric
 
 
 class Oracle(Generator):
@@ -74,8 +74,8 @@ class Oracle(Generator):
 
 
 @pytest.fixture(scope="module")
-def results(task, zoo):
-    return evaluate_adapters(Oracle(task, zoo), task, zoo, CONFIG, "cpu", Spent(12.0, 1.0, 10))
+def results(task, zoo, check_settings):
+    return check_settings(AdapterJudge(Oracle(task, zoo), task, zoo, CONFIG, "cpu"), Spent(12.0, 1.0, 10))
 
 
 def rows(results):
@@ -85,6 +85,7 @@ def rows(results):
 def test_every_row_is_there(results):
     assert list(rows(results)) == [
         "test", "test, 16 prompts", "test, 4 prompts", "test, 1 prompt", "test, description only",
+        "test, wordings of training",
         "test, shuffled prompts", "test, random strings", "test, empty prompts",
         "base model", "base model, instruction in the prompt", "base model, 3 examples in the prompt",
         "trained adapter",
@@ -142,9 +143,9 @@ def test_confusions_count_the_tasks_of_every_split(results, task):
         assert all(len(row) == len(table.found) for row in table.counts)
 
 
-def test_a_description_has_no_input(task, zoo):
-    bench = AdapterBench(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
-    described, prompts = bench.descriptions(task.family.source, "s2"), bench.prompts("s2")
+def test_a_description_has_no_input(task):
+    tasks = AdapterTasks(task, "cpu")
+    described, prompts = tasks.descriptions(task.family.source, "s2"), tasks.prompts("s2")
     assert described.states.shape == (1, 1, 1, 384)
     assert (described.states[0, 0, 0] @ prompts.states[0, 0, 0]).abs() < 0.99
 
@@ -160,10 +161,10 @@ def test_distances_and_costs(task, results):
     assert costs.train_flops == pytest.approx(steps * 2 / 3 / 16 * costs.generator_flops / 10, rel=0.2)
 
 
-def test_no_curve_of_another_metric_stands_beside_exact_match(task, zoo):
+def test_no_curve_of_another_metric_stands_beside_exact_match(results, zoo):
     """The zoo measures errors after every stored iteration, the evaluation is about exact matches of held-out tasks."""
     assert "test_error" in zoo.metrics and zoo.snapshots > 1
-    assert training_curves(zoo, task, 4) == []
+    assert results.training_curves == []
 
 
 def test_results_are_plain_numbers(results):
@@ -173,17 +174,17 @@ def test_results_are_plain_numbers(results):
 
 
 def test_score_for_the_training_loop(task, zoo):
-    score = adapters_score(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
+    score = AdapterJudge(Oracle(task, zoo), task, zoo, CONFIG, "cpu").score()
     (member,) = task.family.splits["validation"]
     run = task.family.member_of_runs(zoo.run_ids).tolist().index(member, int(zoo.split("train")[0]))
     assert score["validation_error"] == pytest.approx(float(zoo.metrics["validation_error"][run, -1]), abs=1e-4)
     assert score["validation_loss"] == pytest.approx(float(zoo.metrics["validation_loss"][run, -1]), rel=1e-4)
 
 
-def test_three_examples_stand_before_the_question(task, zoo):
-    bench = AdapterBench(Oracle(task, zoo), task, zoo, CONFIG, "cpu")
-    shown = [found.tokens[0, 0].tolist() for found in (bench.shown_answers("s2"), bench.answers("s2"))]
-    text, bare = bench.base.tokenizer.decode(shown)
+def test_three_examples_stand_before_the_question(task):
+    tasks = AdapterTasks(task, "cpu")
+    shown = [found.tokens[0, 0].tolist() for found in (tasks.shown_answers("s2"), tasks.answers("s2"))]
+    text, bare = tasks.base.tokenizer.decode(shown)
     assert text.count("Input:") == 4 and text.count("Output:") == 4
     assert text.endswith(bare.rstrip("\0"))
 
@@ -197,7 +198,7 @@ def test_a_library_without_a_shared_gauge_is_told(own_a):
         initial_adapters(task, task.recipe, runs, 0)[:, None], {}, runs, [0], task.structure,
         test_runs=task.family.test_runs, validation_runs=task.family.validation_runs,
     )  # fmt: skip
-    warning = AdapterBench(Generator(task.structure, FlowMatching(), "euler", 1), task, zoo, CONFIG, "cpu").gauge()
+    warning = AdapterJudge(Generator(task.structure, FlowMatching(), "euler", 1), task, zoo, CONFIG, "cpu").gauge()
     assert (warning is not None and "do not share a gauge" in warning) == own_a
 
 
@@ -207,9 +208,9 @@ def test_missing_adapters_are_told(task, zoo):
         test_runs=task.family.test_runs, validation_runs=task.family.validation_runs,
     )  # fmt: skip
     with pytest.raises(ZooError, match="no trained adapter"):
-        evaluate_adapters(Oracle(task, zoo), task, few, CONFIG, "cpu")
+        AdapterJudge(Oracle(task, zoo), task, few, CONFIG, "cpu").evaluate()
     with pytest.raises(TaskError, match="not about adapters"):
-        AdapterBench(Oracle(task, zoo), get_task("digits_loss"), zoo, CONFIG, "cpu")
+        AdapterTasks(get_task("digits_loss"), "cpu")
 
 
 def test_ratio_of_means_and_its_interval():

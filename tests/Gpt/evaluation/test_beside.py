@@ -65,12 +65,12 @@ def test_another_metric_or_an_unfinished_run_is_refused(folder, tmp_path):
 
 def test_the_curve_of_a_shared_zoo_is_drawn_once(folder):
     others = read_runs([folder], "test_error")
-    assert side_by_side(OWN, Others(), []) == OWN
-    joined = side_by_side(OWN, others, [CURVE])
+    assert side_by_side(OWN, Others()) == OWN
+    joined = side_by_side(replace(OWN, training_curves=[CURVE]), others)
     assert [row.run for row in joined.table] == ["", folder.name, folder.name]
     assert joined.training_curves == [CURVE]
     other = replace(CURVE, mean=[50.0, 0.8])
-    assert len(side_by_side(OWN, others, [other]).training_curves) == 2
+    assert len(side_by_side(replace(OWN, training_curves=[other]), others).training_curves) == 2
 
 
 def test_the_training_curve_is_the_mean_over_the_first_test_runs(task, zoo):

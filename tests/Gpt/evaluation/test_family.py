@@ -10,11 +10,11 @@ from torch import nn
 from Gpt.adapters.conditions import HashedWords
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
-from Gpt.errors import ConfigError
+from Gpt.diffusion.objectives import FlowMatching
 from Gpt.evaluation import family
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.evaluate import EvaluationConfig
-from Gpt.evaluation.family import evaluate_family, family_score
+from Gpt.evaluation.family import MaskJudge
+from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.evaluation.population import correct_population
 from Gpt.evaluation.population import test_population as measure
 from Gpt.generator import Generator
@@ -77,12 +77,12 @@ def zoo(task) -> Zoo:
 class Writing(Generator):
     """Writes the right network, except for the masks and guidances that `fails` picks."""
 
-    default_steps = 2
+    noise_shape = (0,)
 
     def __init__(self, task: Task, fails=lambda mask, guidance: False, needs_start: bool = False):
-        nn.Module.__init__(self)
-        self.structure, self.fails, self.needs_start = task.structure, fails, needs_start
-        self.conditions = nn.Module()
+        super().__init__(task.structure, FlowMatching(), "euler", 2)
+        self.fails, self.needs_start = fails, needs_start
+        self.conditions = nn.Linear(2, 2)
         self.conditions.dropout = 0.1
         self.asked: list[tuple[torch.Tensor, float]] = []
         self.starts: list[torch.Tensor] = []
@@ -96,8 +96,12 @@ class Writing(Generator):
         return network_of(masks ^ wrong)
 
 
+def judge(generator, task, zoo, config=CONFIG, conditions=("class_mask",), descriptions=None) -> MaskJudge:
+    return MaskJudge(generator, task, zoo, config, "cpu", conditions, descriptions)
+
+
 def rows_of(generator, task, zoo, **config) -> dict:
-    results = evaluate_family(generator, task, zoo, replace(CONFIG, **config), "cpu", Spent(zoo_seconds=1.0))
+    results = judge(generator, task, zoo, replace(CONFIG, **config)).evaluate(Spent(zoo_seconds=1.0))
     return {row.name: row for row in results.table}
 
 
@@ -206,11 +210,11 @@ def test_the_metric_that_is_asked_for_is_chosen_on_the_validation_masks(task, zo
     generator = Wishing(task, needs_start=needs_start)
     generator.task = task
     both = ("class_mask", "target_metric")
-    results = evaluate_family(generator, task, graded, CONFIG, "cpu", Spent(zoo_seconds=1.0), conditions=both)
+    results = judge(generator, task, graded, conditions=both).evaluate()
     assert results.table[0].metrics["test_error"].mean == 0
     assert "asked for error 0.25, likewise" in results.table[0].note
     generator.serves = 0.0  # the best attained is what the training loop asks for
-    assert family_score(generator, task, graded, CONFIG, "cpu", conditions=both)["validation_error"] == 0
+    assert judge(generator, task, graded, conditions=both).score()["validation_error"] == 0
 
 
 def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences(task, zoo, monkeypatch):
@@ -232,7 +236,7 @@ def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences
             return super().sample({"class_mask": mask}, *args, count=count, guidance=guidance, **kwargs)
 
     options = {"conditions": ("class_mask", "text"), "descriptions": words}
-    results = evaluate_family(Reading(task), task, zoo, CONFIG, "cpu", Spent(zoo_seconds=1.0), **options)
+    results = judge(Reading(task), task, zoo, **options).evaluate()
     rows = {row.name: row.metrics["test_error"].mean for row in results.table}
     assert rows["ours, unseen masks"] == 0 < rows["ours, unseen masks in words alone"]
     read = next(row for row in results.table if row.name == "ours, unseen masks read off words")
@@ -245,7 +249,7 @@ def test_held_out_masks_are_asked_for_in_held_out_wordings_and_several_sentences
             used = torch.stack([text for other, text in told if torch.equal(other > 0.5, mask)])
             assert (used[:, None] == known).all(2).any(1).all()
             assert len(used.unique(dim=0)) >= min(CONFIG.samples_per_prompt, len(known.unique(dim=0))) - 1
-    score = family_score(Reading(task), task, zoo, CONFIG, "cpu", **options)
+    score = judge(Reading(task), task, zoo, **options).score()
     assert score["validation_error"] == 0
 
 
@@ -253,14 +257,14 @@ def test_the_score_of_the_training_loop_reads_validation_masks_alone(task, zoo):
     failing = FAMILY.validation_masks[1]
     generator = Writing(task, lambda mask, guidance: bool((mask == failing).all()))
     generator.train()
-    score = family_score(generator, task, zoo, CONFIG, "cpu")
+    score = judge(generator, task, zoo).score()
     assert score == {"validation_error": 25.0, "validation_worst_mask": 100.0}
     assert torch.equal(torch.stack([mask for mask, _ in generator.asked]), FAMILY.validation_masks)
     assert generator.training
 
 
-def test_results_are_drawn_and_reported(task, zoo, tmp_path):
-    results = evaluate_family(Writing(task), task, zoo, CONFIG, "cpu", Spent(zoo_seconds=1.0, training_seconds=2.0))
+def test_results_are_drawn_and_reported(task, zoo, tmp_path, check_settings):
+    results = check_settings(judge(Writing(task), task, zoo))
     json.dumps(results.to_json())
     assert "ours, unseen masks" in print_table(results)
     assert "retrieval" in summarise(results) and "ordinary training" in summarise(results)
@@ -270,11 +274,6 @@ def test_results_are_drawn_and_reported(task, zoo, tmp_path):
     assert "majority class" in page.read_text()
     assert any("complements" in note for note in results.notes)
     assert any("one initialisation" in note for note in results.notes)
-
-
-def test_a_single_task_is_refused(task, zoo):
-    with pytest.raises(ConfigError, match="not one task for each mask; give it the key 'family'"):
-        evaluate_family(Writing(task), replace(task, family=None), zoo, CONFIG, "cpu")
 
 
 @pytest.mark.parametrize("batch", [1, 4, 256])

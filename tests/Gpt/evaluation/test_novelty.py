@@ -5,13 +5,18 @@ import pytest
 import torch
 
 from Gpt.evaluation import baselines
-from Gpt.evaluation.novelty import Bank, former_runs_note, novelty
+from Gpt.evaluation.novelty import Bank, Measured, former_runs_note, novelty
+from Gpt.evaluation.population import test_population as measure
 from Gpt.population.functional import stack_initial
+
+
+def bank_of(zoo, task, max_runs=1000, max_behaviours=1000, **settings) -> Bank:
+    return Bank.of(zoo, task, "cpu", max_runs=max_runs, max_behaviours=max_behaviours, candidates=6, **settings)
 
 
 @pytest.fixture(scope="module")
 def bank(task, zoo):
-    return Bank.of(zoo, task, 1000, 1000, "cpu")
+    return bank_of(zoo, task)
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +25,13 @@ def held_out(task, zoo):
 
 
 def rows(task, bank, **sets):
-    kinds = {name: f"kind of {name}" for name in sets}
-    found, bar = novelty(task, sets, kinds, "held_out", bank, candidates=6, seed=0)
-    assert {row.name: row.kind for row in found} == kinds
+    measured = {}
+    for name, weights in sets.items():
+        metric, (distance, _) = measure(task, weights, "test")["test_loss"], bank.nearest(weights)
+        measured[name] = Measured(f"kind of {name}", metric, distance, bank.overlap(weights))
+    unit = bank.nearest(bank.weights[:20], bank.runs[:20])[0].mean()
+    found, bar = novelty(measured, measured["held_out"], float(unit), task.minimize, seed=0)
+    assert {row.name: row.kind for row in found} == {name: f"kind of {name}" for name in sets}
     return {row.name: row for row in found}, bar
 
 
@@ -51,7 +60,7 @@ def test_copies_of_runs_that_gave_way_to_others_are_found_out(task, zoo, bank, h
     former = held_out + 3
     changed = copy(zoo)
     changed.former = former.half()
-    known, _ = rows(task, Bank.of(changed, task, 1000, 1000, "cpu"), copies=former, held_out=held_out)
+    known, _ = rows(task, bank_of(changed, task), copies=former, held_out=held_out)
     unknown, _ = rows(task, bank, copies=former, held_out=held_out)
     assert known["copies"].distance < 0.1 < 3 < unknown["copies"].distance
     assert known["held_out"].distance_ratio == pytest.approx(unknown["held_out"].distance_ratio)
@@ -74,15 +83,27 @@ def test_a_little_noise_gives_the_distance_of_the_noise(task, zoo, bank, held_ou
 
 def test_broken_networks_and_tasks_without_correctness(task, zoo, bank, held_out):
     without = replace(task, correct_fn=None)
-    bank = Bank.of(zoo, without, 1000, 1000, "cpu")
+    bank = bank_of(zoo, without)
     broken = torch.full_like(held_out, torch.nan)
     found, _ = rows(without, bank, broken=broken, held_out=held_out)
     assert found["broken"].error_overlap is None and found["broken"].novel_and_good == 0
 
 
 def test_the_bank_holds_final_and_best_snapshots_of_the_best_training_runs(task, zoo):
-    bank = Bank.of(zoo, task, 10, 8, "cpu")
+    bank = bank_of(zoo, task, 10, 8)
     assert bank.weights.shape == (20, task.structure.size) and bank.wrong.shape == (8, 200)
     assert (bank.runs >= 40).all()
     first = bank.runs[:1]
     assert torch.equal(bank.weights[:1], zoo.read(first, torch.tensor([5])))
+    alone = bank_of(zoo, task, 10, 8, with_best=False)
+    assert torch.equal(alone.weights, bank.weights[:10]) and torch.equal(alone.runs, bank.runs[:10])
+    assert alone.wrong.shape == (8, 200) and torch.equal(alone.wrong_runs, alone.runs[:8])
+
+
+def test_a_training_network_is_compared_with_other_runs(bank):
+    """Both snapshots of its own run are left out, of distances and of shared mistakes."""
+    weights, runs = bank.weights[:5], bank.runs[:5]
+    distance, nearest = bank.nearest(weights, runs)
+    assert (distance > 0.1).all() and (bank.runs[nearest] != runs).all()
+    assert bank.nearest(weights)[0].max() < 1e-5 and torch.equal(bank.nearest(weights)[1], torch.arange(5))
+    assert (bank.overlap(weights) == 1).all() and (bank.overlap(weights, runs) < 1).any()

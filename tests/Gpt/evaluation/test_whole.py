@@ -1,5 +1,6 @@
 """Whole-network generators whose worth is known in advance get the verdict that they deserve."""
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ from torch import nn
 from data_gen.collect import collect
 from Gpt.data.views import split_by_snapshot
 from Gpt.data.zoo import Zoo
+from Gpt.diffusion.objectives import FlowMatching
 from Gpt.errors import ConfigError, ZooError
 from Gpt.evaluation import baselines
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.evaluate import EvaluationConfig
-from Gpt.evaluation.whole import HELD_OUT, ORIGINALS, WholeBench, evaluate_whole, pca_gaussian, whole_score
+from Gpt.evaluation.judge import EvaluationConfig
+from Gpt.evaluation.whole import HELD_OUT, ORIGINALS, WholeJudge, pca_gaussian
 from Gpt.generator import Generator
 from Gpt.networks import MLP
 from Gpt.recipes import SingleRecipe
@@ -29,10 +31,10 @@ CONFIG = EvaluationConfig(
 class Replaying(Generator):
     """Writes training networks again, moved by noise of a fixed scale; `scale` 0 copies them."""
 
-    default_steps, needs_start = 1, False
+    noise_shape, needs_start = (0,), False
 
     def __init__(self, zoo: Zoo, task: Task, scale: float = 0.0):
-        nn.Module.__init__(self)
+        super().__init__(task.structure, FlowMatching(), "euler", 1)
         self.layer = nn.Linear(2, 2, bias=False)
         self.task, self.scale = task, scale
         self.stored = baselines.final_stored(zoo, task, "train").read(zoo, "cpu")
@@ -50,7 +52,7 @@ class Replaying(Generator):
 def copied(zoo, task):
     generator = Replaying(zoo, task)
     spent = Spent(zoo_seconds=24.0, training_seconds=10.0, training_examples=100)
-    results = evaluate_whole(generator, task, zoo, CONFIG, "cpu", spent)
+    results = WholeJudge(generator, task, zoo, CONFIG, "cpu").evaluate(spent)
     assert max(generator.counts) <= CONFIG.max_batch
     return results
 
@@ -99,12 +101,21 @@ def test_costs_and_shared_names(copied):
     assert [row.name for row in copied.novelty] == [row.name for row in copied.table]
 
 
-def test_matched_noise_goes_as_far_as_what_was_written(zoo, task):
-    results = evaluate_whole(Replaying(zoo, task, scale=0.05), task, zoo, CONFIG, "cpu")
+def test_matched_noise_goes_as_far_as_what_was_written(zoo, task, check_settings):
+    results = check_settings(WholeJudge(Replaying(zoo, task, scale=0.05), task, zoo, CONFIG, "cpu"))
     found = sets(results)
     written, matched = found["toy, written from noise"].distance, found["noise, matched"].distance
     assert matched == pytest.approx(written, rel=0.2)
     assert found["noise 0.02"].distance < 0.6 * written < 5 * written < found["noise 0.5"].distance
+
+
+def test_the_nearest_original_may_have_given_way_to_others(zoo, task):
+    changed, generator = copy(zoo), Replaying(zoo, task)
+    changed.former = generator.stored = zoo.read(torch.arange(20), torch.full((20,), 5))
+    results = WholeJudge(generator, task, changed, CONFIG, "cpu").evaluate()
+    for name in ("toy, written from noise", "nearest original"):
+        assert sets(results)[name].distance < 1e-5
+    assert sets(results)["retrieval"].distance < 1e-5  # the zoo's own best one
 
 
 def test_without_held_out_networks_the_report_says_so(zoo, task):
@@ -113,19 +124,19 @@ def test_without_held_out_networks_the_report_says_so(zoo, task):
         {name: values[:30, -1:] for name, values in zoo.metrics.items()},
         list(range(30)), [150], task.structure, validation_runs=5,
     )  # fmt: skip
-    results = evaluate_whole(Replaying(everything, task), task, everything, CONFIG, "cpu")
+    results = WholeJudge(Replaying(everything, task), task, everything, CONFIG, "cpu").evaluate()
     assert HELD_OUT not in rows(results)
     assert any("no network is held out" in note for note in results.notes)
     alone = Zoo.from_tensors(
         torch.zeros(1, 1, task.structure.size), {"validation_loss": torch.zeros(1, 1)}, [0], [1], task.structure
     )
     with pytest.raises(ZooError, match="one training network"):
-        WholeBench(Replaying(everything, task), task, alone, CONFIG, "cpu").originals  # noqa: B018
+        WholeJudge(Replaying(everything, task), task, alone, CONFIG, "cpu").originals  # noqa: B018
 
 
 def test_a_task_with_nothing_but_a_test_function_is_enough(zoo, task):
     bare = replace(task, correct_fn=None, recipe=None, train_data_fn=None, symmetry=None, batched=False)
-    results = evaluate_whole(Replaying(zoo, bare), bare, zoo, CONFIG, "cpu")
+    results = WholeJudge(Replaying(zoo, bare), bare, zoo, CONFIG, "cpu").evaluate()
     assert all(row.error_overlap is None for row in results.novelty)
     assert rows(results)[HELD_OUT].metrics["test_loss"].count == 20
 
@@ -133,7 +144,7 @@ def test_a_task_with_nothing_but_a_test_function_is_enough(zoo, task):
 def test_the_score_of_training_is_measured_on_validation_data(zoo, task):
     generator = Replaying(zoo, task)
     generator.train()
-    score = whole_score(generator, task, zoo, CONFIG, "cpu")
+    score = WholeJudge(generator, task, zoo, CONFIG, "cpu").score()
     assert generator.training
     assert score.keys() == {"validation_loss", "validation_worst_loss"}
     stored = zoo.metrics["validation_loss"][zoo.split("train"), -1]
@@ -144,7 +155,7 @@ def test_snapshots_of_one_training_are_called_that(task, tmp_path):
     single = replace(task, recipe=SingleRecipe(epochs=4, batch_size=50, learning_rate=0.1, augmentation="none"))
     collect(single, tmp_path, runs=1, snapshots=15, spacing="tail", progress=False)
     zoo = split_by_snapshot(Zoo.open(tmp_path, task.structure), 3, 3)
-    results = evaluate_whole(Replaying(zoo, single), single, zoo, CONFIG, "cpu", Spent(zoo_seconds=7.0))
+    results = WholeJudge(Replaying(zoo, single), single, zoo, CONFIG, "cpu").evaluate(Spent(zoo_seconds=7.0))
     assert "the originals are snapshots of: 1; " in " ".join(results.notes)
     assert results.costs.train_seconds == 7.0
     assert rows(results)[HELD_OUT].metrics["test_loss"].count == 3
@@ -179,4 +190,4 @@ def test_the_best_stored_network_is_the_one_that_validation_data_choose(copied, 
 
 def test_there_must_be_statistics_to_recalibrate(zoo, task):
     with pytest.raises(ConfigError, match="no batch-norm statistics"):
-        evaluate_whole(Replaying(zoo, task), task, zoo, CONFIG, "cpu", recalibrate=True)
+        WholeJudge(Replaying(zoo, task), task, zoo, replace(CONFIG, recalibrate=True), "cpu").evaluate()

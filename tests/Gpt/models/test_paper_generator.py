@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-import main
 from Gpt.checkpoint import CheckpointFolder, TrainingState
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import DDPM, FlowMatching
@@ -15,6 +13,7 @@ from Gpt.models.gpt_paper import PUBLISHED_MODELS
 from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.report.logger import Loggers
+from Gpt.run.command_line import compose
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.training import TrainerConfig, train
@@ -74,8 +73,7 @@ def test_a_generator_has_the_parameters_of_the_published_one_and_no_others(netwo
     ],
 )
 def test_the_configurations_are_the_published_ones(name, train_runs, test_runs, epoch, epochs):
-    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        config = main.typed_config(compose(f"{name}_paper"))
+    config = compose(f"{name}_paper", [])
     published = PUBLISHED_MODELS[name]
     assert {key: config.generator[key] for key in vars(published)} == vars(published)
     assert config.task == name

@@ -1,11 +1,8 @@
-"""The whole evaluation of a generator: its prompts, its updates, the trivial baselines, the optimisers, novelty, costs.
-
-Selection (prompts, learning rates, stored networks) reads validation data; the test split is measured once, for the
-report.
+"""The evaluation of a generator that is prompted with a metric: its prompts, its updates, the trivial baselines, the
+optimisers, novelty, costs.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.data.alignment import align
-from Gpt.data.zoo import Zoo
-from Gpt.distributed import from_first
 from Gpt.evaluation import baselines, costs, optimisers, prompting
-from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.novelty import Bank, former_runs_note, novelty
+from Gpt.evaluation.beside import training_curves
+from Gpt.evaluation.costs import Price, Spent
+from Gpt.evaluation.judge import Judge, Progress
+from Gpt.evaluation.novelty import Bank, Measured, former_runs_note, novelty
 from Gpt.evaluation.population import test_population
-from Gpt.evaluation.prompting import Starts, Writer, evaluating
+from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.results import Costs, Novelty, PromptCurve, Results, Row, Trace
 from Gpt.evaluation.statistics import bootstrap_interval, prompt_alignment, trace
 from Gpt.generator import Generator
@@ -28,155 +25,79 @@ from Gpt.recipes import SupervisedRecipe
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How much is evaluated.
-
-    Attributes:
-        label: the generator's name in the tables.
-        networks: starting networks of each curve, row and trace.
-        prompts: wishes for each starting network.
-        samples_per_prompt: networks written for each wish; above 1 the best of them, by validation data, gets a row.
-        prompt_start_coeff: the prompt range ends at this share of the start's own metric (Peebles et al. 2022).
-        recursive_steps: updates of the recursive traces.
-        optimiser_steps: longest run of the optimisers; equal time and equal FLOPs are cut there.
-        learning_rates, tuning_networks: grid and starting networks that an optimiser's learning rate is tuned on.
-        soup: networks averaged into one soup.
-        noise_scales: standard deviations of the noise baseline, in units of each tensor's own.
-        steps, guidance: of the sampler, see `Generator.sample`.
-        max_batch: networks written at once, by one process; several processes share such batches.
-        novelty_networks: networks of each set whose novelty is measured.
-        novelty_runs: training runs that they are compared with, the best ones if there are more.
-        novelty_behaviours: training networks whose mistakes they are compared with.
-        novelty_candidates: training networks that each is matched with, unit by unit.
-        quick_networks: starting networks of `validation_score`.
-        recalibrate: measure whole networks also with batch-norm statistics re-estimated on training images.
-        beside: folders of finished runs whose generators stand in the same table.
-    """
-
-    label: str = "G.pt"
-    networks: int = 64
-    prompts: int = 20
-    samples_per_prompt: int = 1
-    prompt_start_coeff: float = 0.9
-    recursive_steps: int = 5
-    optimiser_steps: int = 200
-    learning_rates: int = 21
-    tuning_networks: int = 8
-    soup: int = 16
-    noise_scales: tuple[float, ...] = (0.05, 0.1, 0.2)
-    steps: int | None = None
-    guidance: float = 1.0
-    max_batch: int = 2048
-    novelty_networks: int = 64
-    novelty_runs: int = 10_000
-    novelty_behaviours: int = 1024
-    novelty_candidates: int = 8
-    quick_networks: int = 16
-    recalibrate: bool = False
-    beside: tuple[str, ...] = ()
-    seed: int = 0
-
-
-def evaluate(
-    generator: Generator,
-    task: Task,
-    zoo: Zoo,
-    config: EvaluationConfig,
-    device: torch.device | str,
-    spent: Spent = Spent(),
-    *,
-    progress: Progress | None = None,
-) -> Results:
-    """Judge a generator beside everything that it has to beat.
-
-    Args:
-        spent: on the generator and on its zoo, for the break-even number.
-        progress: is told what is being done, a phrase at a time.
-    """
-    say = progress or (lambda phrase: None)
-    bench = Bench(generator, task, zoo, config, device)
-    with evaluating(generator):
-        say("choosing the prompt")
-        chosen = bench.choose_prompt()
-        say("one update")
-        update = bench.one_update(chosen)
-        say("prompt curves")
-        curves = bench.curves()
-        say("recursive updates")
-        traces, recursive_rows = bench.recursive(chosen)
-        say("baselines")
-        sets, baseline_rows = bench.trivial_networks()
-        say("optimisers")
-        optimiser_traces, optimiser_rows, step_seconds = bench.tuned_optimisers(update)
-        say("novelty")
-        sets = {config.label: update.networks} | sets
-        novelty_rows, bar = bench.novelty_of(sets)
-        say("costs")
-        paid = bench.costs_of(update, spent, step_seconds)
-    notes = bench.notes() + [f"novelty: a network is good at {bar:.4g} or better in test {task.metric}"]
-    return Results(
-        task=task.name,
-        metric=f"test_{task.metric}",
-        minimize=task.minimize,
-        table=[*update.rows, *recursive_rows, bench.ordinary_training(paid), *baseline_rows, *optimiser_rows],
-        curves=curves,
-        recursive=traces,
-        optimisers=optimiser_traces,
-        novelty=novelty_rows,
-        costs=paid,
-        notes=notes,
-    )
-
-
-def validation_score(
-    generator: Generator, task: Task, zoo: Zoo, config: EvaluationConfig, device: torch.device | str
-) -> dict[str, float]:
-    """What training watches, from the validation runs alone.
-
-    Returns:
-        `validation_<metric>`, the mean after one update towards the attainable wish that serves best, and
-        `validation_alignment`, the mean R² over attainable wishes.
-    """
-    bench = Bench(generator, task, zoo, config, device)
-    starts = bench.starts("validation", min(config.networks, config.quick_networks))
-    wanted = bench.wishes(starts, bench.attained)
-    with evaluating(generator):
-        achieved = prompting.achieved_metric(bench.writer, task, starts, wanted, 1, "validation score")
-    return {
-        f"validation_{task.metric}": float(achieved.mean(0)[prompting.select_prompt(achieved, task.minimize)]),
-        "validation_alignment": float(prompt_alignment(wanted, achieved).mean()),
-    }
-
 
 @dataclass(frozen=True)
 class Update:
-    """One update of the held-out starts with the chosen prompt.
-
-    Attributes:
-        networks: `[n, D]`, one for each start.
-        seconds, flops: of writing one network; seconds of all processes that were at it.
-    """
+    """One update of the held-out starts with the chosen prompt: `networks` `[n, D]`, one for each start."""
 
     rows: list[Row]
     networks: Float[Tensor, "n D"]
-    seconds: float
-    flops: float
+    price: Price
 
 
-class Bench:
-    """One evaluation's parts, each a method; what they share is made once."""
+class PromptJudge(Judge):
+    """Judges a generator that is asked for a metric."""
 
-    def __init__(
-        self, generator: Generator, task: Task, zoo: Zoo, config: EvaluationConfig, device: torch.device | str
-    ):
-        self.generator, self.task, self.zoo, self.config, self.device = generator, task, zoo, config, device
-        self.writer = Writer(generator, config.steps, config.guidance, config.seed, config.max_batch)
-        self.attained = prompting.best_attained(zoo, task)
-        self.single = "one update" if generator.needs_start else "written from noise"
+    name = "prompts"
+    settings = frozenset(
+        {
+            "networks", "quick_networks", "prompts", "samples_per_prompt", "prompt_start_coeff", "recursive_steps",
+            "optimiser_steps", "learning_rates", "tuning_networks", "soup", "noise_scales", "novelty_networks",
+            "novelty_runs", "novelty_behaviours", "novelty_candidates",
+        }
+    )  # fmt: skip
+
+    @classmethod
+    def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
+        return task.family is None and bool(generator.needs_start or conditions)
+
+    def evaluate(self, spent: Spent = Spent(), progress: Progress = lambda phrase: None) -> Results:
+        progress("choosing the prompt")
+        chosen = self.choose_prompt()
+        progress("one update")
+        update = self.one_update(chosen)
+        progress("prompt curves")
+        curves = self.curves()
+        progress("recursive updates")
+        traces, recursive_rows = self.recursive(chosen)
+        progress("baselines")
+        sets, baseline_rows = self.trivial_networks()
+        progress("optimisers")
+        optimiser_traces, optimiser_rows, step_seconds = self.tuned_optimisers(update.price)
+        progress("novelty")
+        novelty_rows, bar = self.novelty_of({self.config.label: update.networks} | sets)
+        progress("costs")
+        paid = costs.costs(self.task, self.zoo, update.price, spent, step_seconds)
+        return self.results(
+            table=[*update.rows, *recursive_rows, self.ordinary_training(paid), *baseline_rows, *optimiser_rows],
+            curves=curves,
+            recursive=traces,
+            optimisers=optimiser_traces,
+            training_curves=training_curves(self.zoo, self.task, self.config.networks, self.config.seed),
+            novelty=novelty_rows,
+            costs=paid,
+            notes=[*self.notes(), f"novelty: a network is good at {bar:.4g} or better in test {self.task.metric}"],
+        )
+
+    def score(self) -> dict[str, float]:
+        """What training watches, from the validation runs alone.
+
+        Returns:
+            `validation_<metric>`, the mean after one update towards the attainable wish that serves best, and
+            `validation_alignment`, the mean R² over attainable wishes.
+        """
+        starts = self.starts("validation", min(self.config.networks, self.config.quick_networks))
+        wanted = self.wishes(starts, self.attained)
+        achieved = prompting.achieved_metric(self.writer, self.task, starts, wanted, 1, "validation score")
+        best = prompting.select_prompt(achieved, self.task.minimize)
+        return {
+            f"validation_{self.task.metric}": float(achieved[:, best].mean()),
+            "validation_alignment": float(prompt_alignment(wanted, achieved).mean()),
+        }
+
+    @cached_property
+    def attained(self) -> float:
+        return prompting.best_attained(self.zoo, self.task)
 
     @cached_property
     def held_out(self) -> Starts:
@@ -210,24 +131,23 @@ class Bench:
         """One update of the held-out starts; several samples a wish also give the row of the best of them."""
         config, task, samples = self.config, self.task, self.config.samples_per_prompt
         wanted = self.candidate_wishes(self.held_out)[:, chosen]
-        began = time.perf_counter()
-        written = self.writer(self.held_out, wanted[:, None].expand(-1, samples), "one update")
-        written.sum().item()  # waits for the device
-        count = len(wanted) * samples
-        seconds = from_first(time.perf_counter() - began) * self.writer.processes(count) / count
-        flops = costs.sample_flops(self.generator, self.held_out, config.steps, config.guidance)
+        needs_start = self.generator.needs_start
+        request = prompting.update_request(self.held_out, wanted[:, None].expand(-1, samples), needs_start)
+        written, price = self.writer.timed(request, "one update")
+        written = written.unflatten(0, (-1, samples))
         networks = written[:, 0]
         note = f"asked for {task.metric} {wanted.mean():.3g}, chosen on validation data"
-        updates = 1 if self.generator.needs_start else None
-        details = {"updates": updates, "seconds": seconds, "flops": flops, "note": note}
-        rows = [self.row(f"{config.label}, {self.single}", "generator", networks, **details)]
+        details = {"updates": 1 if needs_start else None, "note": note}
+        name = "one update" if needs_start else "written from noise"
+        took = {"seconds": price.seconds, "flops": price.flops}
+        rows = [self.row(f"{config.label}, {name}", "generator", networks, **details, **took)]
         if samples > 1:
             metric = test_population(task, written.flatten(0, 1), "validation")[f"validation_{task.metric}"]
             best = prompting.best_of(metric.view(-1, samples), task.minimize).to(written.device)
             picked = written[torch.arange(len(best), device=best.device), best]
-            details |= {"seconds": samples * seconds, "flops": samples * flops}
-            rows.append(self.row(f"{config.label}, best of {samples}", "generator", picked, **details))
-        return Update(rows, networks, seconds, flops)
+            took = {name: samples * cost for name, cost in took.items()}
+            rows.append(self.row(f"{config.label}, best of {samples}", "generator", picked, **details, **took))
+        return Update(rows, networks, price)
 
     def curves(self) -> list[PromptCurve]:
         """Asked against achieved validation metrics: held-out and training starts, and the two controls."""
@@ -278,7 +198,8 @@ class Bench:
             if starts is self.held_out:
                 title += f", {name}"
             else:
-                single = self.writer(starts, self.candidate_wishes(starts)[:, chosen], f"one update, {name}")
+                wanted = self.candidate_wishes(starts)[:, chosen]
+                single = prompting.write_updates(self.writer, starts, wanted, f"one update, {name}")
                 first = f"{config.label}, one update of {name}"
                 rows.append(self.row(first, "generator", single, updates=1, note="the chosen prompt"))
                 title += f" of {name}"
@@ -310,17 +231,17 @@ class Bench:
         }
         return sets, [self.row(name, "baseline", sets[name], note=notes.get(name, "")) for name in sets]
 
-    def tuned_optimisers(self, update: Update) -> tuple[list[Trace], list[Row], float | None]:
+    def tuned_optimisers(self, price: Price) -> tuple[list[Trace], list[Row], float]:
         """Tuned optimisers at equal updates, wall-clock and FLOPs, and at their longest; seconds of one step."""
         task, config = self.task, self.config
         if not self._trains_by_gradient:
-            return [], [], None
+            return [], [], 0.0
         step_seconds = optimisers.step_seconds(task, self.held_out, config.seed)
         step_flops = costs.training_step_flops(task)
         fitting = {
             "equal updates": 1,
-            "equal wall-clock": int(update.seconds / step_seconds),
-            "equal FLOPs": int(update.flops / step_flops),
+            "equal wall-clock": int(price.seconds / step_seconds),
+            "equal FLOPs": int(price.flops / step_flops),
             "longest run": config.optimiser_steps,
         }
         budgets = {name: min(max(1, steps), config.optimiser_steps) for name, steps in fitting.items()}
@@ -347,28 +268,28 @@ class Bench:
         return traces, rows, step_seconds
 
     def novelty_of(self, sets: dict[str, Float[Tensor, "n D"]]) -> tuple[list[Novelty], float]:
-        config = self.config
-        bank = Bank.of(self.zoo, self.task, config.novelty_runs, config.novelty_behaviours, self.device)
-        sets = {name: weights[: config.novelty_networks] for name, weights in sets.items()}
-        held_out = "held-out training"
-        sets[held_out] = self._finished(config.novelty_networks)
-        kinds = dict.fromkeys(sets, "baseline") | {config.label: "generator", held_out: "reference"}
-        return novelty(self.task, sets, kinds, held_out, bank, candidates=config.novelty_candidates, seed=config.seed)
-
-    def costs_of(self, update: Update, spent: Spent, step_seconds: float | None) -> Costs:
-        """Training one network costs its share of the zoo's wall-clock or, unless that is known, its timed steps."""
-        forward_flops = update.flops / (self.config.steps or self.generator.default_steps)
-        timed = (step_seconds or 0.0) * (costs.training_steps(self.task) or 0)
-        return costs.costs(
-            self.task,
-            runs=self.zoo.runs,
-            zoo_seconds=spent.zoo_seconds,
-            generator_seconds=spent.training_seconds,
-            sample_seconds=update.seconds,
-            train_seconds=spent.zoo_seconds / self.zoo.runs if spent.zoo_seconds else timed,
-            generator_flops=spent.training_examples * costs.TRAINING_FACTOR * forward_flops,
-            flops_of_a_sample=update.flops,
+        """A line for each set of networks, and the bar that a good one reaches."""
+        config, task, held_out = self.config, self.task, "held-out training"
+        bank = Bank.of(
+            self.zoo,
+            task,
+            self.device,
+            max_runs=config.novelty_runs,
+            max_behaviours=config.novelty_behaviours,
+            candidates=config.novelty_candidates,
         )
+        count = config.novelty_networks
+        sets = {name: weights[:count] for name, weights in sets.items()} | {held_out: self._finished(count)}
+        sizes = [len(weights) for weights in sets.values()]
+        own = torch.cat([bank.runs[:count], torch.full((sum(sizes),), -1)])
+        found, _ = bank.nearest(torch.cat([bank.weights[:count], *sets.values()]), own)  # the bank is aligned only once
+        between, *distances = found.cpu().split([len(own) - sum(sizes), *sizes])
+        kinds = dict.fromkeys(sets, "baseline") | {config.label: "generator", held_out: "reference"}
+        measured = {}
+        for (name, weights), distance in zip(sets.items(), distances, strict=True):
+            metric = test_population(task, weights, "test")[f"test_{task.metric}"]
+            measured[name] = Measured(kinds[name], metric, distance, bank.overlap(weights))
+        return novelty(measured, measured[held_out], float(between.mean()), task.minimize, config.seed)
 
     def ordinary_training(self, paid: Costs) -> Row:
         """The final snapshots of the held-out runs."""

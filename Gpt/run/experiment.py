@@ -6,44 +6,43 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 
 from data_gen.collect import collect, train_population
 from data_gen.memory import Stream, Trained, collect_in_memory
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
-from Gpt.checkpoint import CheckpointFolder, write_json
+from Gpt.checkpoint import CheckpointFolder
 from Gpt.config import RunConfig
 from Gpt.data import sources
-from Gpt.data.adapter_batches import AdapterBatchSampler, reads_prompt_sets
+from Gpt.data.adapter_batches import AdapterBatchSampler
 from Gpt.data.batches import BatchSampler
 from Gpt.data.importers import import_checkpoints, import_lmdb
 from Gpt.data.views import align_runs, split_by_snapshot
-from Gpt.data.zoo import Zoo
+from Gpt.data.zoo import Zoo, scales
 from Gpt.descriptions import Descriptions
 from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
-from Gpt.errors import CheckpointError, ConfigError
-from Gpt.evaluation.adapters import adapters_metric, adapters_score, evaluate_adapters
-from Gpt.evaluation.evaluate import evaluate, validation_score
-from Gpt.evaluation.family import evaluate_family, family_score
-from Gpt.evaluation.results import Results
-from Gpt.evaluation.whole import evaluate_whole, whole_score
+from Gpt.errors import ConfigError
+from Gpt.evaluation.judge import Judge
+from Gpt.evaluation.judges import judge_of
 from Gpt.generator import Generator
 from Gpt.masks import MaskSplit
 from Gpt.models.paper_generator import PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
 from Gpt.report.trackers import check_installed
+from Gpt.seeds import rng
 from Gpt.tasks import Task, get_task, load_task_modules
 from Gpt.text import SentenceEncoder, find_model
 from Gpt.training import Sampler, mixed_precision
 from rpg.registry import build_generator
+
+FIT_EXAMPLES = 8192  # examples that normalisation scales are read off, fewer where networks are large
+FIT_WEIGHTS = 2**28
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Experiment:
         data = self.config.data
         sources.configure(data.root, data.download, data.examples)
         load_task_modules(self.config.task_modules)
-        task = get_task(self.config.task)
+        task = get_task(self.config.task, self.device)
         if task.family:
             masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
             members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
@@ -168,8 +167,8 @@ class Experiment:
     def _collect_zoo(self) -> None:
         """Train the shards that are missing; of several processes, each claims one after the other."""
         settings = self.config.zoo
-        stored = {"shard_runs": settings.shard_runs, "population": settings.population, "progress": primary()}
-        collect(self.task, self.zoo_folder, **self._population, **stored)
+        stored = self._population | {"shard_runs": settings.shard_runs, "population": settings.population}
+        collect(self.task, self.zoo_folder, **stored, progress=primary())
 
     @property
     def _population(self) -> dict[str, Any]:
@@ -182,7 +181,7 @@ class Experiment:
         source, settings = Path(self.task.checkpoints or ""), self.config.zoo
         if self.zoo_folder.exists() and not source.exists():
             return
-        convert: Callable[..., None] = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
+        convert: Callable[..., Any] = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
         if isinstance(self.task.family, AdapterFamily):
             convert = import_adapters
         convert(
@@ -220,7 +219,7 @@ class Experiment:
     def sampler(self, split: str) -> Sampler:
         """Draws batches from one split of the zoo."""
         if isinstance(self.task.family, AdapterFamily):
-            pooled = not reads_prompt_sets(self.generator)
+            pooled = not self.generator.reads_prompt_sets
             return AdapterBatchSampler(self.zoo, self.task, split, self.config.batches, pooled=pooled)
         return BatchSampler(
             self.zoo,
@@ -257,18 +256,59 @@ class Experiment:
         return copy.deepcopy(self.generator).eval()
 
     def check_trainable(self) -> None:
-        """Build what does not need the zoo.
+        """Check, or build, what does not need the zoo.
 
         Raises:
-            ConfigError: the generator, its sampler, the objective, the conditions or the tracker are wrong.
+            ConfigError: the generator, its sampler, the objective, the conditions, the tracker, the shares of a batch,
+                the published weights or a setting of the evaluation are wrong.
         """
+        self.check_published()
         check_installed(self.config.logger)
-        self.generator  # noqa: B018 - built for its checks
+        if not self.config.test_only:
+            self.config.trainer.check_shared(world())
+        self.judging.check(self.config.evaluation)  # builds the generator, which checks itself
+
+    def check_published(self) -> None:
+        """Raises:
+        ConfigError: published weights are to be trained.
+        CheckpointError: they cannot be read.
+        """
+        if self.config.resume_path is None:
+            return
+        if not self.config.test_only:
+            raise ConfigError("resume_path: published weights are evaluated, not trained; add test_only=true")
+        resolve_checkpoint(self.config.resume_path)
+
+    def fit(self) -> None:
+        """Let the generator read its scales off training examples."""
+        count = min(FIT_EXAMPLES, max(8, FIT_WEIGHTS // self.task.structure.size))
+        self.generator.fit(self.sampler("train")(count, rng(self.device, self.config.seed, "fit")))
+
+    def beside(self, config: RunConfig, name: str) -> "Experiment":
+        """Another run with this one's data, device, logger and folder of runs; a shared zoo is collected alike.
+
+        Raises:
+            ConfigError: its metric is not this one's.
+        """
+        own, run = self.config, dataclasses.replace(config.run, root=self.config.run.root)
+        config = dataclasses.replace(config, data=own.data, device=own.device, logger=own.logger, run=run, beside=())
+        if Experiment(config, name).zoo_folder == self.zoo_folder:
+            zoo = dataclasses.replace(own.zoo, align=config.zoo.align, split=config.zoo.split)
+            config = dataclasses.replace(config, zoo=zoo)
+        other = Experiment(config, name)
+        if other.task.metric != self.task.metric:
+            raise ConfigError(f"beside: {name} is about {other.task.metric}, this run about {self.task.metric}")
+        return other
 
     @property
-    def judge(self) -> Callable[..., Results]:
-        """The evaluation that fits the task."""
-        return self._judges[0]
+    def judging(self) -> type[Judge]:
+        """The kind of judge that fits the task and the generator."""
+        return judge_of(self.task, self.generator, self.config.condition.names)
+
+    def judge(self, generator: Generator) -> Judge:
+        """The judge of this generator, or of a copy with other weights."""
+        told = self.config.condition.names, self.descriptions
+        return self.judging(generator, self.task, self.zoo, self.config.evaluation, self.device, *told)
 
     def score(self, generator: Generator) -> dict[str, float]:
         """What the generator's networks reach on validation data, for the loop.
@@ -276,88 +316,22 @@ class Experiment:
         Returns:
             `generated_<name>`; and "score", which picks the best weights, lower is better.
         """
-        measured = self._judges[1](generator, self.task, self.zoo, self.config.evaluation, self.device)
+        measured = self.judge(generator).score()
         metric = measured[f"validation_{self.task.metric}"]
         facts = {f"generated_{name.removeprefix('validation_')}": value for name, value in measured.items()}
         return facts | {"score": metric if self.task.minimize else -metric}
 
-    @property
-    def reported(self) -> str:
-        """The column that the evaluation is about."""
-        family = self.task.family
-        return adapters_metric(family) if isinstance(family, AdapterFamily) else f"test_{self.task.metric}"
 
-    @property
-    def _judges(self) -> tuple[Callable[..., Results], Callable[..., dict[str, float]]]:
-        """The whole evaluation, and what training watches."""
-        if isinstance(self.task.family, AdapterFamily):
-            return evaluate_adapters, adapters_score
-        if self.task.family:
-            told = {"conditions": self.config.condition.names, "descriptions": self.descriptions}
-            return partial(evaluate_family, **told), partial(family_score, **told)
-        if not self.generator.needs_start and not self.config.condition.names:
-            return partial(evaluate_whole, recalibrate=self.config.evaluation.recalibrate), whole_score
-        return evaluate, validation_score
-
-
-def open_folder(experiment: Experiment) -> tuple[Path, dict[str, Any]]:
-    """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
-
-    Raises:
-        ConfigError: the folder holds a trained generator of other settings; names them.
-        CheckpointError: `test_only` without a trained generator.
-    """
-    config, folder = experiment.config, experiment.folder
-    if config.resume not in ("auto", "never"):
-        raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
-    if config.resume == "never" and folder.exists() and not config.test_only:
-        number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
-        folder = folder.with_name(f"{folder.name}-{number}")
-    trained = (folder / "checkpoints" / "latest.json").is_file()
-    if config.test_only and not config.resume_path and not trained:
-        raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
-    if not (folder / "config.json").is_file():
-        return folder, {}
-    different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
-    if different and trained:
-        raise ConfigError(
-            f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
-            "Choose another run.name, or resume=never for a new folder beside it"
-        )
-    summary = folder / "summary.json"
-    return folder, json.loads(summary.read_text()) if summary.is_file() and not different else {}
-
-
-def create_folder(experiment: Experiment, summary: dict[str, Any]) -> None:
-    """The run folder with the configuration in it."""
-    folder, config = experiment.folder, experiment.config
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
-    write_json(folder / "summary.json", summary)
-    write_json(folder / "config.json", _settings(config))
-
-
-def occupy(lock: FileLock) -> None:
-    """Keep other processes out of a run folder; they are let in when this one ends, however it does.
-
-    Raises:
-        ConfigError: one is at work there.
-    """
-    try:
-        lock.acquire()
-    except Timeout as error:
-        folder = Path(lock.lock_file).parent
-        raise ConfigError(f"{folder}: another process is at work in this run; wait for it, or set run.name") from error
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that trained weights depend on, as JSON gives them back."""
-    return json.loads(json.dumps(config.training_settings()))
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Any:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path} was {old}, now {new}"
+def describe(zoo: Zoo) -> str:
+    """What a zoo holds, what was dropped, and the scales that normalisation uses."""
+    found = scales(zoo, max_networks=min(4096, max(16, FIT_WEIGHTS // zoo.structure.size)))
+    tensors = zip(zoo.structure.tensors, found.mean, found.std, strict=True)
+    lines = [
+        f"{zoo.runs} runs x {zoo.snapshots} snapshots x {zoo.structure.size} weights in {zoo.folder or 'memory'}",
+        f"trained in {zoo.seconds:,.1f} s, the workers' added up" if zoo.seconds else "trained elsewhere",
+        f"dropped runs: {len(zoo.dropped)}" + "".join(f"\n  {run}: {why}" for run, why in zoo.dropped.items()),
+        f"one coefficient for all weights (G.pt: 0.538 / std): {found.coefficient:.4f}",
+        *(f"  {t.name}: mean {m:+.4f}, std {s:.4f}" for t, m, s in tensors),
+        *(f"final {name}: {values[:, -1].mean():.4f}" for name, values in zoo.metrics.items()),
+    ]
+    return "\n".join(lines)

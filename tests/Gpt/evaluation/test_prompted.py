@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.evaluate import EvaluationConfig, evaluate, validation_score
+from Gpt.evaluation.judge import EvaluationConfig
+from Gpt.evaluation.prompted import PromptJudge
 from Gpt.recipes import PpoRecipe
 
 SMALL = EvaluationConfig(
@@ -25,10 +26,8 @@ SMALL = EvaluationConfig(
 @pytest.fixture(scope="module")
 def results(copying, task, zoo):
     phrases = []
-    found = evaluate(
-        copying, task, zoo, SMALL, "cpu", Spent(training_seconds=60.0, zoo_seconds=12.0, training_examples=10),
-        progress=phrases.append,
-    )  # fmt: skip
+    spent = Spent(training_seconds=60.0, zoo_seconds=12.0, training_examples=10)
+    found = PromptJudge(copying, task, zoo, SMALL, "cpu").evaluate(spent, phrases.append)
     assert phrases[0] == "choosing the prompt" and phrases[-1] == "costs"
     assert max(copying.batches) <= 16
     return found
@@ -87,14 +86,14 @@ def test_costs_add_up_and_everything_is_plain_json(results):
     assert json.loads(json.dumps(results.to_json()))["metric"] == "test_loss"
 
 
-def test_the_best_of_several_samples_gets_a_row(copying, task, zoo):
-    found = evaluate(copying, task, zoo, replace(SMALL, samples_per_prompt=2), "cpu")
+def test_the_best_of_several_samples_gets_a_row(copying, task, zoo, check_settings):
+    found = check_settings(PromptJudge(copying, task, zoo, replace(SMALL, samples_per_prompt=2), "cpu"))
     rows = {row.name: row for row in found.table}
     assert rows["G.pt, best of 2"].flops == 2 * rows["G.pt, one update"].flops
 
 
 def test_an_idle_generator_gains_nothing(idle, task, zoo):
-    found = evaluate(idle, task, zoo, SMALL, "cpu")
+    found = PromptJudge(idle, task, zoo, SMALL, "cpu").evaluate()
     update = found.table[0].metrics["test_loss"].mean
     assert update == pytest.approx(zoo.metrics["test_loss"][:8, 0].mean().item(), rel=1e-4)
     assert found.curves[1].alignment.mean < 0
@@ -103,7 +102,7 @@ def test_an_idle_generator_gains_nothing(idle, task, zoo):
 
 def test_a_generator_without_start_and_a_task_without_gradients_leave_parts_out(copying_from_noise, task, zoo):
     task = replace(task, train_data_fn=None, validation_data_fn=None, recipe=PpoRecipe())
-    found = evaluate(copying_from_noise, task, zoo, replace(SMALL, label="RPG"), "cpu")
+    found = PromptJudge(copying_from_noise, task, zoo, replace(SMALL, label="RPG"), "cpu").evaluate()
     assert (found.table[0].name, found.table[0].updates) == ("RPG, written from noise", None)
     assert found.recursive == [] and found.optimisers == []
     notes = " ".join(found.notes)
@@ -112,7 +111,7 @@ def test_a_generator_without_start_and_a_task_without_gradients_leave_parts_out(
 
 def test_is_reproducible(copying, task, zoo):
     def measured():
-        found = evaluate(copying, task, zoo, SMALL, "cpu")
+        found = PromptJudge(copying, task, zoo, SMALL, "cpu").evaluate()
         return [row.metrics for row in found.table if row.kind != "optimiser"], found.curves, found.novelty
 
     assert measured() == measured()
@@ -120,11 +119,11 @@ def test_is_reproducible(copying, task, zoo):
 
 def test_validation_score_reads_validation_runs_only(copying, idle, task, zoo):
     copying.train()
-    found = validation_score(copying, task, zoo, SMALL, "cpu")
+    found = PromptJudge(copying, task, zoo, SMALL, "cpu").score()
     assert copying.training
     assert found["validation_loss"] == pytest.approx(zoo.metrics["validation_loss"][40:].min().item(), rel=1e-4)
     assert found["validation_alignment"] > 0.9
-    stuck = validation_score(idle, task, zoo, SMALL, "cpu")
+    stuck = PromptJudge(idle, task, zoo, SMALL, "cpu").score()
     starts = torch.arange(20, 28)
     assert stuck["validation_loss"] == pytest.approx(zoo.metrics["validation_loss"][starts, 0].mean().item(), rel=1e-4)
     assert stuck["validation_alignment"] < 0

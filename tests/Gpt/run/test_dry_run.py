@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import dry_run
 import main
-from dry_run import BLOCKED, CHECKS, Rehearsal, run_checks
-from experiment import Experiment
 from Gpt.errors import ConfigError
+from Gpt.run import dry_run
+from Gpt.run.command_line import compose
+from Gpt.run.dry_run import BLOCKED, CHECKS, Rehearsal, run_checks
+from Gpt.run.experiment import Experiment
 from Gpt.tasks import get_task
 
 SMALL = [
@@ -25,9 +25,7 @@ SMALL = [
 
 
 def experiment(*arguments: str, name: str = "digits_loss") -> Experiment:
-    overrides = main.check_arguments([*arguments])
-    with initialize_config_dir(str(main.CONFIGS), version_base="1.3"):
-        return Experiment(main.typed_config(compose(name, overrides)), name)
+    return Experiment(compose(name, list(arguments)), name)
 
 
 def found(*arguments: str, name: str = "digits_loss", **parts) -> dict[str, dry_run.Check]:
@@ -75,7 +73,7 @@ def untrained(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("trained, although a dry run of a stored zoo trains nothing")
 
-    for where in ("dry_run", "data_gen.collect", "experiment"):
+    for where in ("Gpt.run.dry_run", "data_gen.collect", "Gpt.run.experiment"):
         monkeypatch.setattr(f"{where}.train_population", refuse)
 
 
@@ -101,7 +99,7 @@ def test_everything_that_is_wrong_is_told_at_once_and_each_trouble_once(empty, m
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     (empty / "file").write_text("")
     wrong = [
-        "zoo.runs=10", "zoo.dtype=float64", "generator.heads=3", "trainer.slices=3", "run.root=file/runs",
+        "zoo.runs=10", "zoo.dtype=float64", "generator.heads=3", "run.root=file/runs",
         "logger=tensorboard",
     ]  # fmt: skip
     expected = {
@@ -109,14 +107,13 @@ def test_everything_that_is_wrong_is_told_at_once_and_each_trouble_once(empty, m
         "run folder": "run.root",
         "zoo": "-6 to train on",
         "generator": "generator.heads=3",
-        "batch": "trainer.slices=3",
     }
     checks = found(*SMALL, *wrong)
     told = troubles(checks)
     assert told.keys() == expected.keys()
     assert all(words in told[what] for what, words in expected.items())
     assert checks["task"].ok and checks["data"].ok and not checks["networks"].ok
-    with pytest.raises(ConfigError, match="the dry run says about: tracker, run folder, zoo, generator, batch"):
+    with pytest.raises(ConfigError, match="the dry run says about: tracker, run folder, zoo, generator"):
         main.run(experiment(*SMALL, *wrong, "dry_run=true"))
     assert f"networks        NO  {BLOCKED}" in capsys.readouterr().out
     assert [*everything(empty)] == ["file"]

@@ -20,7 +20,6 @@ import torch
 
 from data_gen.collect import snapshot_schedule, total_iterations, train_population
 from data_gen.memory import Trained
-from experiment import Experiment, open_folder
 from Gpt.data import shards
 from Gpt.data.shards import DTYPES
 from Gpt.data.views import align_runs
@@ -29,9 +28,10 @@ from Gpt.distributed import primary, world
 from Gpt.errors import ConfigError, UserError, ZooError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.generator import Batch
-from Gpt.models.upstream import resolve_checkpoint
 from Gpt.population.functional import stack_initial
 from Gpt.report.trackers import check_installed
+from Gpt.run.experiment import Experiment
+from Gpt.run.folder import open_folder
 from Gpt.seeds import derive_seed, rng
 
 RUNS, SNAPSHOTS, ITERATIONS, NETWORKS, SAMPLING_STEPS = 2, 2, 2, 2, 2  # what is tried in place of the real thing
@@ -174,11 +174,7 @@ class Rehearsal(Experiment):
     def batch(self) -> Batch:
         """Of what one process differentiates at a time: all on a GPU, a part on a CPU."""
         config = self.config.trainer
-        if config.slices % world() or config.batch_size % config.slices:
-            raise ConfigError(
-                f"trainer.slices={config.slices} must divide trainer.batch_size={config.batch_size} and be a multiple "
-                f"of the {world()} processes"
-            )
+        config.check_shared(world())
         count = config.batch_size // config.slices
         tried = count if self.device.type == "cuda" else min(count, EXAMPLES)
         return self.sampler("train")(tried, rng(self.device, self.config.seed, "dry run"))
@@ -218,9 +214,8 @@ def _shapes(items: tuple) -> str:
 
 
 def _folder(run: Rehearsal) -> str:
-    folder, summary = open_folder(run)
-    if run.config.resume_path:
-        resolve_checkpoint(run.config.resume_path)
+    folder, summary = open_folder(run.config, run.folder)
+    run.check_published()
     where = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=where):
@@ -273,6 +268,7 @@ def _networks_at_hand(run: Rehearsal) -> str:
 
 
 def _generator(run: Rehearsal) -> str:
+    run.judging.check(run.config.evaluation)
     count = sum(p.numel() for p in run.generator.parameters())
     return f"{run.config.generator['name']}: {count:,} parameters, {_size(4 * count)}"
 
@@ -369,7 +365,7 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     """Bytes in a unit that suits them: 3.6 MiB."""
     unit = min(int(math.log(max(count, 1), 1024)), 3)
     return f"{count / 1024**unit:.{min(unit, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB')[unit]}"

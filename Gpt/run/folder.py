@@ -1,0 +1,99 @@
+"""The folder of a run: the settings it was begun with, whether a run may go on in it, and one process at a time."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from Gpt.checkpoint import write_json
+from Gpt.config import RunConfig, checked
+from Gpt.distributed import on_first_process
+from Gpt.errors import CheckpointError, ConfigError
+
+
+def open_folder(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
+
+    Raises:
+        ConfigError: the folder holds a trained generator of other settings; names them.
+        CheckpointError: `test_only` without a trained generator.
+    """
+    if config.resume not in ("auto", "never"):
+        raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
+    if config.resume == "never" and folder.exists() and not config.test_only:
+        number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
+        folder = folder.with_name(f"{folder.name}-{number}")
+    trained = (folder / "checkpoints" / "latest.json").is_file()
+    if config.test_only and not config.resume_path and not trained:
+        raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
+    if not (folder / "config.json").is_file():
+        return folder, {}
+    different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
+    if different and trained:
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
+            "Choose another run.name, or resume=never for a new folder beside it"
+        )
+    summary = folder / "summary.json"
+    return folder, json.loads(summary.read_text()) if summary.is_file() and not different else {}
+
+
+def create_folder(config: RunConfig, folder: Path) -> None:
+    """The run folder with the configuration in it, and nothing else to be gone on with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+    write_json(folder / "summary.json", {})
+    write_json(folder / "config.json", _settings(config))
+
+
+def stored_config(folder: Path) -> RunConfig | None:
+    """The configuration that a run was begun with; None where there is no run.
+
+    Raises:
+        ConfigError: it is of a version with other keys.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    return checked(RunConfig, values)
+
+
+@contextlib.contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder; they are let in when this one ends, however it does.
+
+    Raises:
+        ConfigError: one is at work there.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    on_first_process(lambda: _acquire(lock, folder))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(f"{folder}: another process is at work in this run; wait for it, or set run.name") from error
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that trained weights depend on, as JSON gives them back."""
+    return json.loads(json.dumps(config.training_settings()))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {old}, now {new}"

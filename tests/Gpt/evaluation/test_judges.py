@@ -1,0 +1,54 @@
+"""Every generator has one judge, which reads exactly the settings that it says it reads."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from Gpt.catalogue.adapters import TASKS
+from Gpt.diffusion.objectives import FlowMatching
+from Gpt.errors import ConfigError
+from Gpt.evaluation.adapters import AdapterJudge
+from Gpt.evaluation.family import MaskJudge
+from Gpt.evaluation.judge import EVERY_JUDGE, EvaluationConfig
+from Gpt.evaluation.judges import JUDGES
+from Gpt.evaluation.prompted import PromptJudge
+from Gpt.evaluation.whole import WholeJudge
+from Gpt.generator import Generator
+from Gpt.masks import MaskSplit
+
+
+@pytest.mark.parametrize(
+    ("family", "needs_start", "conditions", "judge"),
+    [
+        (None, True, ("target_metric",), PromptJudge),
+        (None, True, (), PromptJudge),
+        (None, False, ("target_metric",), PromptJudge),
+        (None, False, (), WholeJudge),
+        (MaskSplit(held_out=2, validation=2), False, ("class_mask",), MaskJudge),
+        (MaskSplit(held_out=2, validation=2), True, ("class_mask", "target_metric"), MaskJudge),
+        (TASKS["lora_tiny"]["family"], False, ("text",), AdapterJudge),
+    ],
+)
+def test_one_judge_fits(task, family, needs_start, conditions, judge):
+    generator, task = Generator(task.structure, FlowMatching(), "euler", 1), replace(task, family=family)
+    generator.needs_start = needs_start
+    assert [found for found in JUDGES if found.fits(task, generator, conditions)] == [judge]
+
+
+def test_every_setting_is_read_by_a_judge():
+    known = {field.name for field in fields(EvaluationConfig)}
+    assert EVERY_JUDGE.union(*(judge.settings for judge in JUDGES)) == known
+    assert not any(EVERY_JUDGE & judge.settings for judge in JUDGES)
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_setting_that_does_nothing_is_refused(judge):
+    others = {"optimiser_steps": 9, "samples_per_prompt": 3, "soup": 7, "recalibrate": True, "prompts": 3}
+    judge.check(EvaluationConfig(label="other", max_batch=7, guidance=2.0, seed=3, beside=("runs/a",)))
+    for name, value in others.items():
+        config = EvaluationConfig(**{name: value})
+        if name in judge.settings:
+            judge.check(config)
+        else:
+            with pytest.raises(ConfigError, match=f"evaluation.{name}={value} does nothing .*{judge.name}.*label"):
+                judge.check(config)

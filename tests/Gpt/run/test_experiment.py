@@ -1,0 +1,107 @@
+"""The parts of a run: every configuration has them, and what does not fit together is named early."""
+
+import pytest
+import torch
+
+import main
+from Gpt.errors import ConfigError, TaskError
+from Gpt.run.command_line import CONFIGS, compose
+from Gpt.run.experiment import Experiment
+from Gpt.tasks import TASK_METADATA, check_entry
+
+TINY = [
+    "zoo.runs=96", "zoo.test_runs=16", "zoo.validation_runs=16", "generator.width=32", "generator.depth=1",
+    "generator.heads=2", "logger=disabled", "device=cpu",
+]  # fmt: skip
+FROM_NOISE = "generator={name: rpg, width: 32, depth: 1, heads: 2, identities: 3, steps: 2}"
+CONFIG_NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem != "base")
+
+
+def experiment(*settings: str, name: str = "digits_loss") -> Experiment:
+    return Experiment(compose(name, list(settings)), name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (["task=digits_los"], TaskError, ["digits_los", "'digits_loss'", "task_modules"]),
+        (["task_modules=[mine.py]"], TaskError, ["mine.py", "no file"]),
+        (["zoo.recipe={epoch: 2}"], ConfigError, ["zoo.recipe", "'epoch'", "'epochs'"]),
+        (["generator.name=gtp"], ConfigError, ["generator.name=gtp", "'gpt'"]),
+        (["objective.name=flows"], ConfigError, ["objective.name=flows", "'flow'"]),
+        (["condition.names=[target_metrics]"], ConfigError, ["condition.names", "'target_metric'"]),
+        (["generator.heads=3"], ConfigError, ["generator.heads=3", "generator.width=32"]),
+        (["generator.sampler=ddpm"], ConfigError, ["sampler", "ddpm"]),
+        (["zoo.snapshots=1"], ConfigError, ["snapshots"]),
+        (["zoo.refresh_every=5"], ConfigError, ["zoo.refresh_every", "zoo.store=false"]),
+        (["zoo.refresh_every=5", "zoo.store=false", FROM_NOISE], ConfigError, ["refresh_every", "identities"]),
+        (["zoo.refresh_every=5", "zoo.store=false", "zoo.align=true"], ConfigError, ["refresh_every", "aligned"]),
+    ],
+)
+def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch, arguments, error, words):
+    monkeypatch.chdir(tmp_path)
+    wrong = experiment(*TINY, *arguments)
+    with pytest.raises(error) as caught:
+        _ = wrong.task, wrong.generator, wrong.zoo
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["generator.sampler=ddpm", "logger=swanlab"])
+def test_no_zoo_is_collected_for_what_cannot_be_trained(tmp_path, monkeypatch, argument):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError):
+        main.run(experiment(*TINY, argument))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_does_not_exist_is_named():
+    with pytest.raises(ConfigError, match="device=gpu"):
+        _ = experiment("device=gpu").device
+
+
+def test_a_missing_gpu_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ConfigError, match="device=cuda:1, but torch finds no CUDA device; use device=cpu"):
+        _ = experiment("device=cuda:1").device
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_every_configuration_composes_and_builds_its_generator(name, monkeypatch):
+    for initialise in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "trunc_normal_", "xavier_uniform_"):
+        monkeypatch.setattr(torch.nn.init, initialise, lambda tensor, *_, **__: tensor)  # memory not touched is free
+    built = experiment(name=name)
+    config = built.config
+    assert config.task in TASK_METADATA
+    if getattr(TASK_METADATA[config.task].get("recipe"), "base", None) == "smollm2":
+        pytest.importorskip("gguf")  # the language model is not installed
+    for group in ("zoo", "trainer", "evaluation", "logger", "objective", "condition"):
+        assert getattr(config, group) is not None
+    task = check_entry(config.task, TASK_METADATA[config.task])
+    # Token indices have values, which the meta device has not; the paper's generators have none, and are far larger.
+    device = torch.device("meta" if config.generator["name"] == "gpt_paper" else "cpu")
+    built.__dict__ |= {"task": task, "device": device}
+    with device:
+        assert sum(p.numel() for p in built.generator.parameters()) > 1000
+
+
+def test_a_generator_that_is_not_told_the_mask_is_refused_for_a_family():
+    with pytest.raises(ConfigError, match="'digits_mask' is one task for each class mask.*names=\\[class_mask\\]"):
+        _ = experiment("condition=none", name="digits_mask_rpg").task
+
+
+def test_published_rpg_can_be_had_by_its_group():
+    group = ["generator=rpg_paper_tiny", "distillation.weight=0", "device=cpu"]
+    fitting = ["objective=ddpm_eps", "generator.condition=head", "condition.dropout=0"]
+    assert experiment(*group, *fitting, name="digits_mask_rpg").generator.default_steps == 1000
+    with pytest.raises(ConfigError, match="predicts noise"):
+        _ = experiment(*group, name="digits_mask_rpg").generator
+
+
+def test_shares_of_a_batch_are_checked_with_the_rest(monkeypatch):
+    with pytest.raises(ConfigError, match=r"trainer\.slices=3 must divide trainer\.batch_size=256"):
+        experiment("trainer.slices=3")
+    monkeypatch.setattr("Gpt.run.experiment.world", lambda: 4)
+    with pytest.raises(ConfigError, match=r"trainer\.slices=2 must be a multiple of the 4 processes"):
+        experiment("trainer.slices=2", "device=cpu").check_trainable()
