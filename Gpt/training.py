@@ -206,7 +206,7 @@ class Session:
     def keep_if_best(self, judged: Generator, facts: dict[str, float]) -> None:
         """Store the averaged weights if no score before was lower."""
         state = self.state
-        if facts["score"] < state.best_score:
+        if facts["score"] <= state.best_score:  # of equals the later, as where nothing works yet
             state.best_score, state.best_step = facts["score"], state.step
             on_first_process(lambda: self._checkpoints.save_best(state, judged, {"step": state.step, **facts}))
 

@@ -29,6 +29,7 @@ def split_by_snapshot(zoo: Zoo, test: int, validation: int) -> Zoo:
         raise ZooError(
             f"the zoo has {total} networks, of which {test} for testing and {validation} for validation leave none to "
             "train on; keep more snapshots, or set smaller zoo.test_runs and zoo.validation_runs"
+            + "".join(f"; run {run} was dropped: {why}" for run, why in zoo.dropped.items())
         )
     places = [(2 * i + 1) * total // (2 * held_out) for i in range(held_out)]
     in_turn = sorted(range(held_out), key=lambda i: _turn(i, test, held_out))

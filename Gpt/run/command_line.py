@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ def guard(job: Callable[[], Any], interrupted: str = CONTINUES) -> Any:
         sys.exit(130)
 
 
-def compose(name: str, settings: list[str]) -> RunConfig:
+def compose(name: str, settings: Sequence[str]) -> RunConfig:
     """A configuration by name, as the command line composes it; in a running hydra, from the same places.
 
     Raises:
         ConfigError: there is no such configuration, or a setting is wrong.
     """
-    overrides = check_arguments(settings)
+    overrides = check_arguments(list(settings))
     try:
         if GlobalHydra.instance().is_initialized():
             return typed_config(hydra.compose(name, overrides))

@@ -281,7 +281,8 @@ class Experiment:
 
     def fit(self) -> None:
         """Let the generator read its scales off training examples."""
-        count = min(FIT_EXAMPLES, max(8, FIT_WEIGHTS // self.task.structure.size))
+        networks = self.zoo.runs * self.zoo.snapshots  # a small zoo has no more to tell, however often it is drawn
+        count = min(FIT_EXAMPLES, 4 * networks, max(8, FIT_WEIGHTS // self.task.structure.size))
         self.generator.fit(self.sampler("train")(count, rng(self.device, self.config.seed, "fit")))
 
     def beside(self, config: RunConfig, name: str) -> "Experiment":
