@@ -81,6 +81,7 @@ def test_a_task_with_a_recipe(monkeypatch, capsys, place):
 
 def test_a_configuration_of_the_users_own(monkeypatch, capsys, place):
     command = command_with("--config-name wine")
+    execute(monkeypatch, command, *TINY, *TINY_ZOO)
     with pytest.raises(SystemExit) as caught:
         execute(monkeypatch, command, *TINY, *TINY_ZOO, "seed=1")
     assert caught.value.code == 2
