@@ -58,14 +58,20 @@ MODELS = {"ConvNet": ConvNet, "view": Flattened} | {
 }
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_populations_and_their_gradients_are_those_of_vmap(make, monkeypatch):
+def population_of(make):
+    """Three networks, four images for all of them, four of its own for each, and their labels."""
     template = make()
     structure = Structure.of(template)
     weights = stack_initial(make, structure, [1, 2, 3])
     shared = torch.randn(4, 3, 16, 15, generator=rng("cpu", 1))
     own = torch.randn(3, 4, 3, 16, 15, generator=rng("cpu", 2))
     labels = torch.randint(5, (3, 4), generator=rng("cpu", 3))
+    return template, structure, weights, shared, own, labels
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_populations_and_their_gradients_are_those_of_vmap(make, monkeypatch):
+    template, structure, weights, shared, own, labels = population_of(make)
     found = []
     for fast in (False, True):
         monkeypatch.setattr("Gpt.population.functional.accelerated", lambda device, fast=fast: fast)
@@ -185,12 +191,7 @@ def test_one_image_is_a_batch_of_one_without_its_axis():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_gpu_finds_what_the_cpu_finds(make):
-    template = make()
-    structure = Structure.of(template)
-    weights = stack_initial(make, structure, [1, 2, 3])
-    shared = torch.randn(4, 3, 16, 15, generator=rng("cpu", 1))
-    own = torch.randn(3, 4, 3, 16, 15, generator=rng("cpu", 2))
-    labels = torch.randint(5, (3, 4), generator=rng("cpu", 3))
+    template, structure, weights, shared, own, labels = population_of(make)
     found = []
     for device in ("cpu", "cuda"):
         here = [t.to(device) for t in (weights, shared, own, labels)]
