@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from data_gen.vision import WINDOWS, check_choices, flip_crop, iterations_of, zero_padded
+from data_gen.images import WINDOWS, flip_crop, zero_padded
+from data_gen.vision import check_choices, iterations_of
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.population.functional import stack_initial
@@ -121,15 +122,14 @@ def mini_batches(
             f"task {task.name!r}: augmentation and cutout need images [N, C, H, W], train_data_fn returned inputs of "
             f"shape {tuple(inputs.shape)}; set augmentation='none' and cutout=0 in the task's recipe"
         )
-    if augmented:
-        inputs = zero_padded(inputs)
+    padded = zero_padded(inputs) if augmented else None
     draws = rng(device, seed, "batches and augmentation", run_id)
     while True:
         order = torch.randperm(len(labels), generator=draws, device=device)
         for index in order[: len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size):
-            if augmented:
+            if padded is not None:
                 windows = torch.randint(WINDOWS, (1, len(index)), generator=draws, device=device)
-                batch = flip_crop(inputs, index[None], windows)[0]
+                batch = flip_crop(padded, index[None], windows)[0]
             else:
                 batch = inputs[index]
             batch = cutout(batch, recipe.cutout, draws) if recipe.cutout else batch

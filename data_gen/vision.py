@@ -18,10 +18,10 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data_gen.images import WINDOWS, StoredImages, flip_crop, zero_padded
 from data_gen.randomness import below, permuted, random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as score_population
@@ -34,8 +34,6 @@ from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
 TRAIN_METRIC_EXAMPLES = 2000
-CROP_PADDING = 4
-WINDOWS = 2 * (2 * CROP_PADDING + 1) ** 2  # offsets of a crop, times mirrored or not
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw"),
     "schedule": ("cosine", "constant"),
@@ -124,14 +122,8 @@ class TrainingStep:
         self.iterations = iterations_of(task, recipe)
         inputs, self.labels = _train_data(task, device)
         precision = training_precision(task.template, device)
-        stored = inputs.to(precision) if inputs.is_floating_point() else inputs
         self.augmented = recipe.augmentation == "flip_crop"
-        self.in_colour = stored.dim() == 4 and stored.shape[1] > 1
-        if self.augmented:
-            stored = _padded(task, stored)
-        elif self.in_colour:
-            stored = channels_last(stored)
-        self.inputs = stored
+        self.inputs = _stored(task, inputs.to(precision) if inputs.is_floating_point() else inputs, self.augmented)
         self.slots = torch.arange(recipe.batch_size, device=device)
         self.gradient = population_gradient(task.template, task.structure, inputs[:1], precision)
         self.optimizer = optimizer(recipe, updates.trainable(task.template, task.structure).to(device))
@@ -175,7 +167,7 @@ class TrainingStep:
             labels = state["label_map"].gather(1, labels)
         if self.augmented:
             return flip_crop(self.inputs, examples, windows), labels
-        return _pixels(self.inputs, (examples,)) if self.in_colour else self.inputs[examples], labels
+        return self.inputs[(examples,)], labels
 
     def _update(self, state: State, examples: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]) -> None:
         gradient = self.gradient(state["weights"], *self.mini_batches(state, examples, windows))
@@ -186,6 +178,17 @@ class TrainingStep:
         if self.recipe.schedule == "constant":
             return self.recipe.learning_rate
         return self.recipe.learning_rate * 0.5 * (1 + torch.cos(iteration * (math.pi / self.iterations)))
+
+
+def _stored(task: Task, inputs: Tensor, augmented: bool) -> Tensor | StoredImages:
+    if augmented and inputs.dim() != 4:
+        raise TaskError(
+            f"task {task.name!r}: augmentation 'flip_crop' needs images [N, C, H, W], train_data_fn returned inputs of "
+            f"shape {tuple(inputs.shape)}"
+        )
+    if augmented:
+        return zero_padded(inputs)
+    return StoredImages(inputs) if inputs.dim() == 4 and inputs.shape[1] > 1 else inputs
 
 
 def _train_data(task: Task, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -226,67 +229,6 @@ def optimizer(recipe: SupervisedRecipe, trainable: Float[Tensor, " D"]) -> updat
             trainable, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
         )
     return updates.adam(trainable, decoupled=recipe.optimizer == "adamw", weight_decay=recipe.weight_decay)
-
-
-# --- augmentation -----------------------------------------------------------------------------------------------------
-
-
-def _padded(task: Task, inputs: Tensor) -> Float[Tensor, "N height width C"]:
-    """Zero-padded images, channels last, so that a crop of one image is one gather."""
-    if inputs.dim() != 4:
-        raise TaskError(
-            f"task {task.name!r}: augmentation 'flip_crop' needs images [N, C, H, W], train_data_fn returned inputs of "
-            f"shape {tuple(inputs.shape)}"
-        )
-    return zero_padded(inputs)
-
-
-def zero_padded(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H+8 W+8 C"]:
-    """Images for `flip_crop`."""
-    return channels_last(F.pad(images, [CROP_PADDING] * 4))
-
-
-def channels_last(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H W C"]:
-    """The order in memory that convolutions are fast with.
-
-    Three channels of two bytes get a fourth in memory: a pixel is one number of eight bytes.
-    """
-    pixels = images.permute(0, 2, 3, 1)
-    if _packs(pixels):
-        return F.pad(pixels, [0, 1])[..., :3]
-    return pixels.contiguous()
-
-
-def flip_crop(
-    padded: Float[Tensor, "N H W C"], index: Int[Tensor, "R B"], windows: Int[Tensor, "R B"]
-) -> Float[Tensor, "R B C h w"]:
-    """Images `index`, cropped at one of the 9 x 9 offsets and mirrored or not.
-
-    Args:
-        padded: from `zero_padded`.
-        windows: 0 ... `WINDOWS` - 1; the odd ones are mirrored.
-    """
-    height, width = padded.shape[1] - 2 * CROP_PADDING, padded.shape[2] - 2 * CROP_PADDING
-    offsets, choice = 2 * CROP_PADDING + 1, windows[..., None]
-    flip, down, right = choice % 2 == 1, choice // 2 % offsets, choice // (2 * offsets)
-    x = torch.arange(width, device=padded.device)
-    rows = torch.arange(height, device=padded.device) + down
-    columns = torch.where(flip, width - 1 - x, x) + right
-    return _pixels(padded, (index[..., None, None], rows[..., :, None], columns[..., None, :]))
-
-
-def _pixels(images: Float[Tensor, "N H W C"], place: tuple[Tensor, ...]) -> Float[Tensor, "R B C h w"]:
-    """Images, or parts of them, out of what `channels_last` gave."""
-    if _packs(images):
-        words = images.as_strided((*images.shape[:3], 4), images.stride()).view(torch.int64)[..., 0]
-        chosen = words[place][..., None].view(images.dtype)[..., :3]
-    else:
-        chosen = images[place]
-    return chosen.permute(0, 1, 4, 2, 3)
-
-
-def _packs(pixels: Float[Tensor, "N H W C"]) -> bool:
-    return pixels.shape[-1] == 3 and pixels.element_size() == 2
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -53,3 +55,14 @@ def _unload_triton():
     """Triton's Python modules, which are forgotten; its library can be loaded once only, and stays."""
     names = [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]
     return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture
+def compiler():
+    """Compiled functions from here on, without the tests' checks of shapes, which a compiler cannot look through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler gives many, of its own and of code that it looks into
+        jaxtyping.config.update("jaxtyping_disable", True)
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch.compiler.reset()

@@ -55,7 +55,7 @@ class AdapterFamily:
     runs_per_member: int = 1
     train_examples: int = 1024
     examples: int = 128
-    prompts: int = field(default=48, metadata=SHOWN)
+    prompts: int = field(default=128, metadata=SHOWN)
     encoder: str = field(default="minilm", metadata=SHOWN)
     tokens: int = field(default=0, metadata=SHOWN)
 

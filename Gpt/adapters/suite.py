@@ -1,8 +1,9 @@
 """The synthetic task suite: a rule that turns four words or numbers into a result, times a format for the result.
 
-Every task is stated in sentences (twelve wordings of each rule, eight of each format, in wordings.tsv) that only the
-generator of adapters reads. The language model sees the bare input, "Input: …", and has nothing but its adapter to tell
-it what to do. Inputs of the training, validation and test part are disjoint, whatever the seeds.
+Every task is stated in sentences that only the generator of adapters reads: a wording of its rule, of which each part
+(training, validation, test) has its own, and one of its format, which all parts share; they are in wordings.tsv. The
+language model sees the bare input, "Input: …", and has nothing but its adapter to tell it what to do. Inputs of the
+three parts are disjoint, whatever the seeds.
 """
 
 import random
@@ -18,7 +19,6 @@ from Gpt.errors import ConfigError
 from Gpt.seeds import derive_seed
 
 ITEMS = 4
-HELD_OUT_WORDINGS = 3  # of each rule: the last ones of the file, for the validation and test part
 SPLITS = ("train", "validation", "test")
 
 Example = tuple[str, str]
@@ -131,13 +131,16 @@ def _pattern(format: str) -> re.Pattern:
 
 
 @lru_cache
-def wordings() -> dict[tuple[str, str], tuple[str, ...]]:
-    """`{("rule" or "format", name): sentences}`."""
-    table: dict[tuple[str, str], tuple[str, ...]] = {}
-    for line in files("Gpt.adapters").joinpath("wordings.tsv").read_text().splitlines()[1:]:
-        kind, name, sentence = line.split("\t")
-        table[kind, name] = (*table.get((kind, name), ()), sentence)
-    return table
+def wordings(kind: str, name: str, split: str) -> tuple[str, ...]:
+    """The sentences that state a "rule" or a "format" of that name in that part."""
+    return tuple(sentence for *key, part, sentence in _wordings() if key == [kind, name] and part in (split, "all"))
+
+
+@lru_cache
+def _wordings() -> list[list[str]]:
+    """(kind, name, part, sentence) of each line; the part "all" is every part."""
+    text = files("Gpt.adapters").joinpath("wordings.tsv").read_text()
+    return [line.split("\t") for line in text.splitlines()[1:]]
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------
@@ -193,9 +196,8 @@ class RuleSuite:
         return [self._statement(member, split, draw) for _ in range(count)]
 
     def _statement(self, member: Member, split: str, draw: random.Random) -> str:
-        rule, format = wordings()["rule", member.rule], wordings()["format", member.format]
-        known = rule[:-HELD_OUT_WORDINGS] if split == "train" else rule[-HELD_OUT_WORDINGS:]
-        return f"{draw.choice(known)} {draw.choice(format)}"
+        rule, format = wordings("rule", member.rule, split), wordings("format", member.format, split)
+        return f"{draw.choice(rule)} {draw.choice(format)}"
 
     def _example(self, member: Member, split: str, draw: random.Random) -> Example:
         items = _items(member.rule, split, draw)

@@ -99,7 +99,7 @@ TASKS = {
     "lora_rules_dora": adapter_entry(AdapterFamily(), AdapterRecipe(spec=AdapterSpec(dora=True))),
     "lora_tiny": adapter_entry(MINI, TINY),
     # For generators that read states of tokens or of sentences instead of pooled prompts; no prompt has more of them.
-    "lora_rules_tokens": adapter_entry(AdapterFamily(tokens=56), AdapterRecipe()) | {"zoo": "lora_rules"},
+    "lora_rules_tokens": adapter_entry(AdapterFamily(tokens=56, prompts=48), AdapterRecipe()) | {"zoo": "lora_rules"},
     "lora_rules_sentences": adapter_entry(AdapterFamily(tokens=5, encoder="sentences"), AdapterRecipe())
     | {"zoo": "lora_rules"},
     "lora_tiny_tokens": adapter_entry(replace(MINI, tokens=32), TINY) | {"zoo": "lora_tiny"},

@@ -6,6 +6,8 @@ prompt    a random set of the member's prompts, without answers: {"text": [B, N,
 answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -47,7 +49,8 @@ class AdapterBatch(Batch):
 
 
 class AdapterBatchSampler:
-    """Draws batches for the adapters of one split. All draws come from the `rng` given, on the zoo's device.
+    """Draws batches for the adapters of one split, every rule as often as any other, however many of its tasks there
+    are. All draws come from the `rng` given, on the zoo's device.
 
     Args:
         split: "train" or "validation"; the wordings and the inputs are of that part too.
@@ -73,12 +76,13 @@ class AdapterBatchSampler:
         self.family, self.recipe = adapter_parts(task)
         self.rows = zoo.split(split)
         self.members = self.family.member_of_runs(zoo.run_ids)
+        self.shares = _even_shares([self.family.members[i].rule for i in self.members[self.rows].tolist()]).to(zoo.device)
         self.prompts, self.examples, self.pooled = prompts, examples, pooled
         self.fresh = fresh_adapter(task).to(zoo.device)
 
     def __call__(self, count: int, rng: torch.Generator) -> AdapterBatch:
         """`count` independent examples."""
-        rows = self.rows[_below(len(self.rows), (count,), rng)]
+        rows = self.rows[self.shares.multinomial(count, replacement=True, generator=rng)]
         last = min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
         target = self.zoo.read(rows, self.zoo.snapshots - 1 - _below(last, (count,), rng))
         members = self.members[rows]
@@ -134,6 +138,12 @@ def prompt_for(generator: Generator, sets: PromptStates) -> Prompt:
 
 def _prompt(sets: PromptStates, pooled: bool) -> Prompt:
     return {"text": sets.pooled()} if pooled else {"text": sets.states, "text_mask": sets.mask}
+
+
+def _even_shares(kinds: Sequence[str]) -> Float[Tensor, " n"]:
+    """What each of these is drawn with, so that all kinds are drawn alike."""
+    counts = Counter(kinds)
+    return torch.tensor([1 / counts[kind] for kind in kinds])
 
 
 def _below(limit: int, shape: tuple[int, ...], rng: torch.Generator) -> Int[Tensor, "..."]:

@@ -8,14 +8,12 @@ from torch import nn
 from torch.func import functional_call
 
 from data_gen import vision
-from data_gen.randomness import below, random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as measure
 from Gpt.masks import MaskSplit, label_map
 from Gpt.networks import MLP, ConvNet
 from Gpt.recipes import SupervisedRecipe
 from Gpt.scoring import classification_loss, mask_error
-from Gpt.seeds import rng
 
 RECIPE = SupervisedRecipe(epochs=3, batch_size=8, learning_rate=0.05)
 
@@ -204,20 +202,6 @@ def test_label_maps_train_and_measure_each_run_on_its_own_labels(task_of):
     assert (exchanged["test_error"] > 75).all()
 
 
-def test_flip_crop_is_a_shifted_or_mirrored_copy_and_all_offsets_occur():
-    picture = torch.arange(1.0, 17).view(1, 1, 4, 4)
-    padded = vision.zero_padded(picture)
-    words = random_words(run_keys(0, "augmentation", list(range(4))), 0, torch.arange(1000))
-    crops = vision.flip_crop(padded, torch.zeros_like(words), below(words, vision.WINDOWS))[:, :, 0].flatten(0, 1)
-    plane = F.pad(picture, [4] * 4)[0, 0]
-    windows = plane.unfold(0, 4, 1).unfold(1, 4, 1).flatten(0, 1)
-    known = torch.cat([windows, windows.flip(-1)])
-    matches = (crops[:, None] == known).all(-1).all(-1)
-    assert matches.any(1).all()
-    # Empty corner windows equal their mirror image; every other window must turn up by itself.
-    assert matches.any(0).all()
-
-
 @pytest.mark.parametrize("network", [mlp, small_conv])
 def test_metrics_in_half_precision_are_those_of_full_precision(task_of, network):
     """Up to its rounding, and for networks whose logits are beyond its range."""
@@ -229,15 +213,6 @@ def test_metrics_in_half_precision_are_those_of_full_precision(task_of, network)
     torch.testing.assert_close(half[0], exact[0], rtol=2e-3, atol=0)
     assert exact[0][1] > 100 and half[0][1] == exact[0][1]
     assert (half[1] - exact[1]).abs().max() <= 200 / len(labels)  # percent of two examples
-
-
-def test_pixels_that_are_moved_as_one_number_are_the_same_pixels():
-    images = torch.randn(5, 3, 6, 7, generator=rng("cpu", 0)).bfloat16()
-    index, windows = torch.tensor([[4, 0], [2, 2]]), torch.tensor([[0, 161], [80, 35]])
-    crops = vision.flip_crop(vision.zero_padded(images), index, windows)
-    expected = vision.flip_crop(vision.zero_padded(images.float()), index, windows)
-    assert crops.dtype == torch.bfloat16 and torch.equal(crops.float(), expected)
-    assert torch.equal(crops[1, 0], images[2])  # window 80 is the image itself
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

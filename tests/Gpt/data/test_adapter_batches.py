@@ -1,6 +1,7 @@
 """Batches of adapters: everything in a row is about the same task."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -84,6 +85,16 @@ def test_token_states_come_with_their_padding(zoo, task):
         assert not states[i][~mask[i]].any() and states[i][mask[i]].any(-1).all()
     pooled = draw(zoo, dataclasses.replace(task, family=family), prompts=3, pooled=True).prompt
     torch.testing.assert_close(pooled["text"][0], states[0][mask[0]].mean(0))
+
+
+def test_every_rule_is_drawn_as_often_as_any_other(zoo, task):
+    """Two rules, one of which has twice the runs of the other."""
+    members = task.family.members
+    rows = [members[i].rule for i in task.family.member_of_runs(zoo.run_ids[zoo.split("train")]).tolist()]
+    (few, fewer), (most, more) = sorted(Counter(rows).items(), key=lambda item: item[1])
+    assert more == 2 * fewer
+    drawn = Counter(members[i].rule for i in draw(zoo, task, count=2000).members.tolist())
+    assert abs(drawn[few] - drawn[most]) < 200
 
 
 def test_a_batch_is_a_function_of_its_seed(zoo, task):

@@ -196,3 +196,15 @@ def test_what_does_not_go_together_is_refused_before_training(change, words):
 def test_sampling_needs_a_start(fitted):
     with pytest.raises(ConfigError, match="needs the starting networks"):
         fitted.sample(WISH)
+
+
+def test_compiled_blocks_give_the_same_loss_and_gradient(fitted, compiler):
+    def loss_and_gradients(generator):
+        loss = generator.loss(batch(8), rng("cpu", 3))
+        return loss, torch.autograd.grad(loss, [*generator.parameters()])
+
+    compiled = build()
+    compiled.load_state_dict(fitted.state_dict())
+    compiled.compile_networks()
+    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(fitted), rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one compilation at any depth
