@@ -1,23 +1,26 @@
 """Distillation: a generator's estimate of a network is judged by what it does, beside what its weights are.
 
 Squared error treats all weights alike, whatever they are worth to the network. Here the network that a denoiser
-estimates and the one that it should have found get the same inputs, and how far the answers of the one are from the
-other's joins the training loss. For classifiers that is the mean Kullback-Leibler divergence of their predictions on
-training examples (Hinton et al. 2015, arXiv 1503.02531), whose labels are not read; a task can say otherwise.
+estimates and the one that it should have found get the same examples, and two terms join the training loss. One is how
+far the answers of the one are from the other's: for classifiers the mean Kullback-Leibler divergence of their
+predictions (Hinton et al. 2015, arXiv 1503.02531), which needs no labels. The other is how far the loss of the one is
+from the other's: errors of many answers that cancel out in no single one, such as a lack of confidence, are what makes
+an estimated network worse than the ones that it is estimated from, and miss the loss that a prompt asks for.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from Gpt.behaviour import Behaviour, prediction_divergence
+from Gpt.behaviour import Behaviour, prediction_divergence, prediction_loss
 from Gpt.errors import ConfigError
-from Gpt.generator import Distillation
+from Gpt.generator import Batch, Distillation
+from Gpt.masks import MaskSplit, label_map
 from Gpt.population.functional import prepared
 from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SupervisedRecipe
@@ -26,52 +29,85 @@ from Gpt.tasks import Task
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """How much behaviour counts in training.
+    """How much behaviour counts in training, beside the denoising loss.
 
     Attributes:
-        weight: of the divergence beside the denoising loss; 0 to learn from weights alone.
-        examples: inputs drawn at random for every batch; all its networks see the same ones.
+        weight: of the divergence; 0 to learn from weights alone.
+        loss_weight: of the difference of the two losses, whatever its sign, as a multiple of `weight`.
+        examples: drawn at random for every batch; all its networks see the same ones.
     """
 
     weight: NonNegativeFloat = 0.0
+    loss_weight: NonNegativeFloat = 0.0
     examples: PositiveInt = 128
 
 
 def distillation(task: Task, config: DistillationConfig) -> Distillation:
-    """The term of a task; its inputs are read when it is first called.
+    """The term of a task; its examples are read when it is first called.
 
     Raises:
-        ConfigError: nothing says what the task's networks do.
+        ConfigError: nothing says what the task's networks do, or how good it is.
     """
     behaviour, structure = _behaviour(task, config), task.structure
 
     @cache
     def network(device: torch.device) -> torch.nn.Module:
-        example = behaviour.inputs(1, torch.Generator(device))
+        example = behaviour.examples(1, torch.Generator(device))[0]
         return prepared(with_shared_inputs(task.constructor()), example)[0]
 
-    def divergence(estimate: Float[Tensor, "B D"], target: Float[Tensor, "B D"], rng: torch.Generator) -> Tensor:
-        net, inputs = network(target.device), behaviour.inputs(config.examples, rng)
+    def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
+        net = network(estimate.device)
+        inputs, *known = behaviour.examples(config.examples, rng)
 
-        def answer(weights: Tensor) -> Tensor:
+        def outputs(weights: Tensor) -> Tensor:
             return functional_call(net, structure.unflatten(weights), (inputs,), tie_weights=True)
 
-        return config.weight * behaviour.divergence(vmap(answer)(estimate), vmap(answer)(target)).mean()
+        found, wanted = vmap(outputs)(estimate), vmap(outputs)(batch.target)
+        terms = behaviour.divergence(found, wanted)
+        if config.loss_weight:
+            assert behaviour.loss is not None
+            known = [_of_each_network(task, batch, each) for each in known]
+            gap = behaviour.loss(found, *known) - behaviour.loss(wanted, *known)
+            terms = terms + config.loss_weight * gap.abs()
+        return config.weight * terms.mean()
 
-    return divergence
+    return term
 
 
 def _behaviour(task: Task, config: DistillationConfig) -> Behaviour:
-    if task.behaviour is not None:
-        return task.behaviour
-    if not isinstance(task.recipe, SupervisedRecipe):
+    behaviour = task.behaviour or _predictions(task)
+    if behaviour is None:
         raise ConfigError(
             f"distillation.weight={config.weight:g} compares what networks do, and task {task.name!r} neither trains "
             "classifiers nor has the key 'behaviour'; add it, or set distillation.weight=0"
         )
+    if config.loss_weight and behaviour.loss is None:
+        raise ConfigError(
+            f"distillation.loss_weight={config.loss_weight:g} compares losses, and the behaviour of task {task.name!r} "
+            "names none; set distillation.loss_weight=0"
+        )
+    return behaviour
 
-    def training_inputs(count: int, rng: torch.Generator) -> Tensor:
-        inputs = task.data("train", rng.device)[0]
-        return inputs[torch.randint(len(inputs), (count,), generator=rng, device=rng.device)]
 
-    return Behaviour(training_inputs, prediction_divergence)
+def _predictions(task: Task) -> Behaviour | None:
+    if not isinstance(task.recipe, SupervisedRecipe):
+        return None
+
+    def training_examples(count: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        inputs, labels = task.data("train", rng.device)
+        chosen = torch.randint(len(inputs), (count,), generator=rng, device=rng.device)
+        return inputs[chosen], labels[chosen]
+
+    return Behaviour(training_examples, prediction_divergence, prediction_loss)
+
+
+def _of_each_network(task: Task, batch: Batch, labels: Int[Tensor, " N"]) -> Int[Tensor, "#B N"]:
+    """The labels that each network was trained on: those of its class mask in a family."""
+    if not isinstance(task.family, MaskSplit):
+        return labels[None]
+    if "class_mask" not in batch.prompt:
+        raise ConfigError(
+            f"distillation.loss_weight needs the class masks of task {task.name!r} to know the right answers; use "
+            "condition=class_mask (or one that names it besides others), or set distillation.loss_weight=0"
+        )
+    return label_map(batch.prompt["class_mask"] > 0.5)[:, labels]

@@ -3,7 +3,8 @@
 The training loop, the evaluation and the playground know only what is in this file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,8 @@ class Batch:
     progress: float = 1.0
 
 
-Distillation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""A term of the training loss: (estimated weights [B, D], true ones [B, D], randomness on their device) -> scalar."""
+Distillation = Callable[[Batch, Tensor, torch.Generator], Tensor]
+"""A term of the training loss: (examples, estimates of their targets [B, D], randomness on their device) -> scalar."""
 
 Solve = Callable[[Denoiser, Tensor], Tensor]
 """A sampler with its settings: (denoiser, noise) -> data."""
@@ -122,9 +123,9 @@ class Generator(nn.Module):
         """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""
         raise TypeError(f"{type(self).__name__} does not define loss")
 
-    def _distilled(self, decode: Callable[[], Tensor], target: Tensor, rng: torch.Generator) -> Tensor | float:
+    def _distilled(self, batch: Batch, decode: Callable[[], Tensor], rng: torch.Generator) -> Tensor | float:
         """The distillation term of `loss`, if there is to be one, for estimated weights `decode()`."""
-        return 0.0 if self.distillation is None else self.distillation(decode(), target, rng)
+        return 0.0 if self.distillation is None else self.distillation(batch, decode(), rng)
 
     def write(
         self,
@@ -163,7 +164,7 @@ class Generator(nn.Module):
 
         Raises:
             ConfigError: nothing says how many networks to write, or two things disagree; a start is missing or given
-                to a generator that needs none.
+                to a generator that needs none; the sampler does not go with that many steps.
         """
         count = self._count(prompt, start, count, noise)
         device = next(self.parameters()).device
@@ -172,8 +173,10 @@ class Generator(nn.Module):
         if noise is None:
             noise = torch.randn(count, *self.noise_shape, generator=rng, device=device)
 
+        steps = self.default_steps if steps is None else steps
+
         def solve(denoise: Denoiser, noise: Tensor) -> Tensor:
-            return sampler(denoise, self.objective, noise, steps or self.default_steps, rng)
+            return sampler(denoise, self.objective, noise, steps, rng)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision):
             return self.write(prompt, start, noise, solve, guidance, rng)
@@ -193,3 +196,14 @@ class Generator(nn.Module):
         if len(set(lengths.values())) > 1:
             raise ConfigError(f"sampling is asked for different numbers of networks: {lengths}")
         return next(iter(lengths.values()))
+
+
+@contextmanager
+def evaluating(generator: Generator) -> Iterator[None]:
+    """Eval mode inside, the previous mode afterwards."""
+    was_training = generator.training
+    generator.eval()
+    try:
+        yield
+    finally:
+        generator.train(was_training)

@@ -121,7 +121,7 @@ class Rpg(Generator):
         network = self._network(self._request(prompt, identity, count, self.conditions.keep(count, rng)))
         varies = self.latents.spread > 0
         loss, estimate = self.objective.loss_and_estimate(network, latents, t, noise, mask=varies)
-        return loss.mean() + self._distilled(lambda: self.latents.decode(estimate), batch.target, rng)
+        return loss.mean() + self._distilled(batch, lambda: self.latents.decode(estimate), rng)
 
     def write(
         self,

@@ -20,6 +20,6 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric": "return",
         "batched": True,
         "recipe": PpoRecipe(),
-        "behaviour": Behaviour(environments.scattered_states, action_divergence),
+        "behaviour": Behaviour(lambda count, rng: (environments.scattered_states(count, rng),), action_divergence),
     },
 }

@@ -145,7 +145,7 @@ class Gpt(Generator):
         noise = torch.randn(residual.shape, generator=rng, device=device)
         condition = self.conditions(batch.prompt, count, self.conditions.keep(count, rng))
         loss, estimate = self.objective.loss_and_estimate(self._network(start, condition), residual, t, noise)
-        return loss.mean() + self._distilled(lambda: self._updated(start, estimate), batch.target, rng)
+        return loss.mean() + self._distilled(batch, lambda: self._updated(start, estimate), rng)
 
     def write(
         self,

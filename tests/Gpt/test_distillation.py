@@ -13,6 +13,7 @@ from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.population.functional import Population, stack_initial
+from Gpt.scoring import classification_loss
 from Gpt.seeds import rng
 from Gpt.tasks import get_task
 from rpg.generator import Rpg, RpgConfig
@@ -33,7 +34,7 @@ def networks(task):
 
 def test_is_the_divergence_on_the_drawn_examples(task, networks):
     estimate, target = networks[:2].clone().requires_grad_(), networks[2:]
-    found = distillation(task, EVERY)(estimate, target, rng("cpu", 5))
+    found = distillation(task, EVERY)(Batch(target), estimate, rng("cpu", 5))
     inputs = task.data("train")[0]
     chosen = inputs[torch.randint(len(inputs), (50,), generator=rng("cpu", 5))].double()
     divergences = []
@@ -60,8 +61,14 @@ def test_only_what_a_network_does_counts(task, networks):
     }
     renamed = task.structure.flatten({name: flipped[name] for name in task.structure.unflatten(networks)})
     term = distillation(task, EVERY)
-    assert abs(term(renamed, networks, rng("cpu", 0))) < 1e-6
-    assert term(networks.roll(1, 0), networks, rng("cpu", 0)) > 0.1
+    assert abs(term(Batch(networks), renamed, rng("cpu", 0))) < 1e-6
+    assert term(Batch(networks), networks.roll(1, 0), rng("cpu", 0)) > 0.1
+
+
+def network_of(task, row):
+    net = task.constructor()
+    net.load_state_dict(task.structure.state_dict(row))
+    return net
 
 
 def generators(task):
@@ -79,7 +86,7 @@ def test_joins_the_loss_of_both_generators(task, networks):
         generator.fit(batch)
         plain = generator.loss(batch, rng("cpu", 1))
         seen = []
-        generator.distillation = lambda estimate, target, draws, seen=seen: seen.append((estimate, target)) or 0.25
+        generator.distillation = lambda batch, estimate, draws, seen=seen: seen.append((estimate, batch.target)) or 0.25
         torch.testing.assert_close(generator.loss(batch, rng("cpu", 1)), plain + 0.25)
         ((estimate, target),) = seen
         assert torch.equal(target, batch.target)
@@ -91,12 +98,12 @@ def test_learning_from_behaviour_finds_the_behaviour(task, networks):
     term = distillation(task, dataclasses.replace(EVERY, examples=200))
     weights = networks[:1].clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=0.03)
-    first = term(weights, networks[1:2], rng("cpu", 0)).item()
+    first = term(Batch(networks[1:2]), weights, rng("cpu", 0)).item()
     for step in range(60):
         optimizer.zero_grad()
-        term(weights, networks[1:2], rng("cpu", step)).backward()
+        term(Batch(networks[1:2]), weights, rng("cpu", step)).backward()
         optimizer.step()
-    assert term(weights, networks[1:2], rng("cpu", 0)).item() < 0.2 * first
+    assert term(Batch(networks[1:2]), weights, rng("cpu", 0)).item() < 0.2 * first
 
 
 def test_policies_are_compared_by_their_actions():
@@ -106,11 +113,48 @@ def test_policies_are_compared_by_their_actions():
     term = distillation(task, EVERY)
     louder = task.structure.unflatten(policies)
     louder = task.structure.flatten(louder | {"log_std": louder["log_std"] + 1})
-    assert not torch.equal(louder, policies) and term(louder, policies, rng("cpu", 0)) == 0
+    assert not torch.equal(louder, policies) and term(Batch(policies), louder, rng("cpu", 0)) == 0
     states = environments.scattered_states(50, rng("cpu", 0))
     actions = Population(task.template, task.structure, policies)(states).tanh()
     expected = 2 * 0.5 * ((actions[0] - actions[1]) / 0.1).square().mean()
-    torch.testing.assert_close(term(policies[:1], policies[1:], rng("cpu", 0)), expected)
+    torch.testing.assert_close(term(Batch(policies[1:]), policies[:1], rng("cpu", 0)), expected)
+
+
+def test_the_second_term_is_the_difference_of_the_losses(task, networks):
+    estimate, target = networks[:2], networks[2:]
+    batch, config = Batch(target), DistillationConfig(weight=2.0, loss_weight=0.5, examples=50)
+    plain = distillation(task, EVERY)(batch, estimate, rng("cpu", 5))
+    found = distillation(task, config)(batch, estimate, rng("cpu", 5)) - plain
+    data = task.data("train")
+    chosen = torch.randint(len(data[1]), (50,), generator=rng("cpu", 5))
+    with torch.no_grad():
+        losses = [classification_loss(*(part[chosen] for part in data), network_of(task, row))[0] for row in networks]
+    gaps = torch.tensor(losses).view(2, 2).diff(dim=0).abs()
+    torch.testing.assert_close(found, 2 * 0.5 * gaps.mean())
+
+
+def test_networks_of_class_masks_have_the_losses_of_their_own_labels():
+    """Networks whose outputs are exchanged are right where the others are wrong: masks decide which."""
+    task = get_task("digits_mask")
+    networks = 3 * stack_initial(task.constructor, task.structure, [1, 2])
+    mask = torch.tensor([[1.0, 0, 1, 0, 1, 0, 1, 0, 1, 0]] * 2)
+    term = distillation(task, DistillationConfig(weight=1.0, loss_weight=1.0, examples=50))
+    loss = term(Batch(networks[:1], None, {"class_mask": mask[:1]}), networks[1:], rng("cpu", 0))
+    parts = task.structure.unflatten(networks)
+    exchanged = {name: part.flip(1) if name.startswith("fc2") else part for name, part in parts.items()}
+    exchanged = task.structure.flatten({name: exchanged[name] for name in parts})
+    assert not torch.equal(exchanged, networks)
+    complement = term(Batch(exchanged[:1], None, {"class_mask": 1 - mask[:1]}), exchanged[1:], rng("cpu", 0))
+    torch.testing.assert_close(complement, loss)
+    other = term(Batch(exchanged[:1], None, {"class_mask": mask[:1]}), exchanged[1:], rng("cpu", 0))
+    assert abs(other - loss) > 1e-3
+    with pytest.raises(ConfigError, match="needs the class masks of task 'digits_mask'"):
+        term(Batch(networks[:1]), networks[1:], rng("cpu", 0))
+
+
+def test_losses_that_nobody_knows_are_refused():
+    with pytest.raises(ConfigError, match=r"distillation.loss_weight=1 .*'cartpole'.*distillation.loss_weight=0"):
+        distillation(get_task("cartpole"), dataclasses.replace(EVERY, loss_weight=1.0))
 
 
 def test_tasks_that_do_not_say_what_networks_do_are_refused():
