@@ -327,7 +327,8 @@ def test_cuda_equals_cpu(name):
         y.square().mean().backward()
         stretch, state = backbone.scan(x[:, :50].to(device), backbone.initial_state(2, device))
         rest, _ = backbone.scan(x[:, 50:].to(device), state)
-        outputs.append([t.cpu() for t in (y, stretch, rest, *(p.grad for p in backbone.parameters()))])
+        # Copies: moving a module moves its gradients too.
+        outputs.append([t.detach().clone().cpu() for t in (y, stretch, rest, *(p.grad for p in backbone.parameters()))])
     for cpu, cuda in zip(*outputs, strict=True):
         assert (cpu - cuda).norm() <= 1e-2 * cpu.norm() + 1e-6  # kernels multiply in TF32
 
