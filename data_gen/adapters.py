@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data_gen.randomness import permuted, run_keys
-from Gpt.adapters.answers import Answers, answer_loss
+from Gpt.adapters.answers import Answers
 from Gpt.adapters.base import BaseModel, load_base
 from Gpt.adapters.measure import adapter_parts, measure
+from Gpt.adapters.replay import AnswerLoss
 from Gpt.adapters.spec import AdapterModule
 from Gpt.errors import DataError
 from Gpt.recipes import AdapterRecipe
@@ -78,6 +79,7 @@ def _train_group(
     keys = run_keys(seed, "batches", run_ids, base.device)
     weights = initial_adapters(task, recipe, run_ids, seed).to(base.device).requires_grad_()
     optimizer = torch.optim.AdamW([weights], lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    loss = AnswerLoss(base, recipe.spec)
     snapshots: list[Tensor] = []
     metrics: dict[str, list[Tensor]] = {}
     for iteration in range(snapshot_iterations[-1] + 1):
@@ -91,7 +93,7 @@ def _train_group(
             optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(iteration / recipe.iterations)
             optimizer.zero_grad()
             examples = mini_batches(pool, keys, iteration, recipe.examples)
-            answer_loss(base, recipe.spec, weights, examples).sum().backward()
+            loss(weights, examples).sum().backward()
             optimizer.step()
     return torch.stack(snapshots, 1), {name: torch.stack(values, 1) for name, values in metrics.items()}
 

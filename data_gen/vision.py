@@ -166,6 +166,7 @@ class TrainingStep:
         if "label_map" in state:
             labels = state["label_map"].gather(1, labels)
         if self.augmented:
+            assert isinstance(self.inputs, StoredImages)
             return flip_crop(self.inputs, examples, windows), labels
         return self.inputs[(examples,)], labels
 

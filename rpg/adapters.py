@@ -41,6 +41,8 @@ class LossConfig:
         sft: weight of the cross-entropy of the answers through the frozen language model, from a share `sft_from` on.
         importance: count each token by how much its weights move between the snapshots of one run, as
             Drag-and-Drop LLMs does, instead of all alike.
+        noise: length of the Gaussian noise that is added to every state of the prompts, as a share of the state's own;
+            what is learnt from one wording then holds for its neighbours.
     """
 
     mse: NonNegativeFloat = 1.0
@@ -49,6 +51,7 @@ class LossConfig:
     regression_until: float = 1.0
     sft_from: float = 0.0
     importance: bool = False
+    noise: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
         regression_ends = self.regression_until if self.mse or self.l1 else 0.0
@@ -184,9 +187,7 @@ class AdapterGenerator(Generator):
             ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer.
         """
         batch = _adapter_batch(batch)
-        prompts = self._states(batch.prompt, len(batch.target))
-        keep = torch.rand(len(prompts), 1, 1, 1, generator=rng, device=self.fresh.device) >= self.dropout
-        scaled = self.decode(PromptStates(prompts.states * keep, prompts.mask)).float()
+        scaled = self.decode(self._disturbed(self._states(batch.prompt, len(batch.target)), rng)).float()
         mse, l1, sft = self.config.loss.terms(batch.progress)
         total = scaled.new_zeros(())
         if mse or l1:
@@ -195,6 +196,15 @@ class AdapterGenerator(Generator):
         if sft:
             total = total + sft * batch.answer_loss(self.fresh + self.unit * scaled).mean()
         return total
+
+    def _disturbed(self, prompts: PromptStates, rng: torch.Generator) -> PromptStates:
+        """Prompts as training shows them: some sets are left out, and no state is quite what it is."""
+        keep = torch.rand(len(prompts), 1, 1, 1, generator=rng, device=self.fresh.device) >= self.dropout
+        states = prompts.states * keep
+        if self.config.loss.noise:
+            unit = torch.randn(states.shape, generator=rng, device=states.device) / self.features**0.5
+            states = states + self.config.loss.noise * states.norm(dim=-1, keepdim=True) * unit
+        return PromptStates(states, prompts.mask)
 
     def write(
         self,

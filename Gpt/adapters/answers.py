@@ -15,6 +15,7 @@ from Gpt.adapters.suite import Example
 
 TOKENS = 2**15  # of one pass without gradients
 LOGITS = 2**28  # of one pass without gradients: 1 GB in float32
+GPU_ROOM = 4  # times as much of both on a GPU, whose time small passes waste
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,12 @@ def _passes(answers: Answers, vocabulary: int) -> list[list[int]]:
     lengths = (answers.positions.amax((1, 2)) + 1).tolist()
     widths = answers.valid.sum(-1).amax(1).tolist()
     examples = answers.tokens.shape[1]
+    room = _room(answers.tokens)
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         group = [*groups[-1], i]
         rows, width = len(group) * examples, max(widths[j] for j in group)
-        fits = rows * lengths[i] <= TOKENS and rows * width * vocabulary <= LOGITS
+        fits = rows * lengths[i] <= room * TOKENS and rows * width * vocabulary <= room * LOGITS
         if fits or len(group) == 1:
             groups[-1] = group
         else:
@@ -129,8 +131,9 @@ def _scores(
     """(loss, exact, predicted) of one pass, in pieces where even a single adapter's examples are too many."""
     answers = answers.trimmed()
     _, examples, length = answers.tokens.shape
-    own = answers.valid.shape[-1]
-    piece = max(1, min(TOKENS // length, LOGITS // (own * base.model.config.vocab_size)) // len(weights))
+    own, room = answers.valid.shape[-1], _room(answers.tokens)
+    rows = room * min(TOKENS // length, LOGITS // (own * base.model.config.vocab_size))
+    piece = max(1, rows // len(weights))
     parts = []
     for some in (answers[:, i : i + piece] for i in range(0, examples, piece)):
         logits = adapted_answer_logits(base, spec, weights, some.tokens, some.positions)
@@ -140,6 +143,10 @@ def _scores(
         parts.append((loss, exact, F.pad(predicted * valid, (0, width - own))))
     loss, exact, predicted = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return loss, exact, predicted
+
+
+def _room(x: Tensor) -> int:
+    return GPU_ROOM if x.is_cuda else 1
 
 
 def _nll(logits: Float[Tensor, "P N K V"], targets: Int[Tensor, "P N K"]) -> Float[Tensor, "P N K"]:

@@ -97,7 +97,9 @@ def _original(name: str) -> Any:
     else:
         folder, options = _source(name)
         stored = torch.float32 if options else "auto"
-        model = _fetched(name, _transformers().AutoModelForCausalLM, folder, dtype=stored, **options)
+        # Given its configuration, it does not read all of a GGUF file's vocabulary once more.
+        options |= {"config": config, "dtype": stored}
+        model = _fetched(name, _transformers().AutoModelForCausalLM, folder, **options)
         model.config.quantization_config = None  # read back to floats: nothing about it is quantised any more
     return model.eval().requires_grad_(False)
 
@@ -151,7 +153,8 @@ class HubTokenizer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        return self._tokenizer(list(texts), **options)["input_ids"]
 
     def decode(self, rows: Sequence[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(list(rows), clean_up_tokenization_spaces=False)

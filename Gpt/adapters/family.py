@@ -53,7 +53,7 @@ class AdapterFamily:
     validation: int = 8
     seed: int = 0
     runs_per_member: int = 1
-    train_examples: int = 1024
+    train_examples: int = 2048
     examples: int = 128
     prompts: int = field(default=128, metadata=SHOWN)
     encoder: str = field(default="minilm", metadata=SHOWN)

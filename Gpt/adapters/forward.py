@@ -34,10 +34,19 @@ def adapted_answer_logits(
 ) -> Float[Tensor, "P N K V"]:
     """Logits for the tokens at `positions` (each predicted from what stands before it), and for no others."""
     with attached(base, spec, weights):
-        hidden = base.model.base_model(input_ids=tokens.flatten(0, 1), use_cache=False).last_hidden_state
+        mask = _causal_mask(base, tokens.shape[-1])
+        inputs = {"input_ids": tokens.flatten(0, 1), "attention_mask": mask}
+        hidden = base.model.base_model(**inputs, use_cache=False).last_hidden_state
         before = (positions - 1).flatten(0, 1)[..., None].expand(-1, -1, hidden.shape[-1])
         logits = base.model.get_output_embeddings()(hidden.gather(1, before))
     return logits.unflatten(0, tokens.shape[:2])
+
+
+def _causal_mask(base: BaseModel, length: int) -> Float[Tensor, "1 1 length length"]:
+    """What is added to the scores of attention. Without it, transformers reads values back from the device, to see
+    whether a row holds several sequences."""
+    lowest = torch.finfo(base.dtype).min
+    return torch.full((1, 1, length, length), lowest, dtype=base.dtype, device=base.device).triu(1)
 
 
 @contextmanager

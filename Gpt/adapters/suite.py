@@ -94,6 +94,7 @@ NUMBER_RULES: dict[str, Callable[[list[str]], str]] = {
     "comparison": lambda numbers: "yes" if int(numbers[0]) > int(numbers[-1]) else "no",
 }
 RULES = WORD_RULES | NUMBER_RULES
+EASY = ("first", "last", "second", "third", "reverse", "drop_first", "drop_last")  # copy items by their place
 FORMATS = {
     "plain": "{}",
     "square": "[{}]",
@@ -231,9 +232,11 @@ def _items(rule: str, split: str, draw: random.Random) -> list[str]:
     population = WORDS if rule in WORD_RULES else [str(number) for number in range(1, 100)]
     while True:
         items = draw.sample(population, ITEMS)
-        lengths = sorted(len(item) for item in items)
-        unique = lengths[0] < lengths[1] and lengths[-2] < lengths[-1]
-        if split_of_input(items) == split and (unique or rule not in ("longest", "shortest")):
+        if rule in ("longest", "shortest"):
+            lengths = sorted(map(len, items))
+            if lengths[0] == lengths[1] or lengths[-2] == lengths[-1]:
+                continue
+        if split_of_input(items) == split:
             return items
 
 

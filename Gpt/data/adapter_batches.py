@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from Gpt.adapters.answers import Answers, answer_loss
-from Gpt.adapters.base import BaseModel, load_base
+from Gpt.adapters.answers import Answers
+from Gpt.adapters.base import load_base
 from Gpt.adapters.conditions import PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.measure import adapter_parts
-from Gpt.adapters.spec import AdapterSpec
+from Gpt.adapters.replay import AnswerLoss
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
 from Gpt.generator import Batch, Generator, Prompt
@@ -34,18 +34,18 @@ class AdapterBatch(Batch):
     Attributes:
         members: the task of every example.
         fresh: the untrained adapter, which is the base model.
-        base, spec, answers: the frozen language model, the form of an adapter, and E examples of every task.
+        answers: E examples of every task.
+        loss_of: the loss of answers through the frozen language model.
     """
 
     members: Int[Tensor, " B"]
     fresh: Float[Tensor, " D"]
-    base: BaseModel
-    spec: AdapterSpec
     answers: Answers
+    loss_of: AnswerLoss
 
     def answer_loss(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         """Cross-entropy (nats a token) of the answers that the base model gives with each of these adapters."""
-        return answer_loss(self.base, self.spec, weights, self.answers.trimmed())
+        return self.loss_of(weights, self.answers)
 
 
 class AdapterBatchSampler:
@@ -69,14 +69,15 @@ class AdapterBatchSampler:
         config: BatchConfig,
         *,
         prompts: int = 32,
-        examples: int = 16,
+        examples: int = 8,
         pooled: bool = False,
     ):
         self.zoo, self.split, self.config = zoo, split, config
         self.family, self.recipe = adapter_parts(task)
         self.rows = zoo.split(split)
         self.members = self.family.member_of_runs(zoo.run_ids)
-        self.shares = _even_shares([self.family.members[i].rule for i in self.members[self.rows].tolist()]).to(zoo.device)
+        rules = [self.family.members[i].rule for i in self.members[self.rows].tolist()]
+        self.shares = _even_shares(rules).to(zoo.device)
         self.prompts, self.examples, self.pooled = prompts, examples, pooled
         self.fresh = fresh_adapter(task).to(zoo.device)
 
@@ -93,9 +94,8 @@ class AdapterBatchSampler:
             prompt=_prompt(sets, self.pooled),
             members=members,
             fresh=self.fresh,
-            base=self.base,
-            spec=self.recipe.spec,
             answers=self._answers[members[:, None], chosen],
+            loss_of=self._loss_of,
         )
 
     def _prompt_sets(self, members: Int[Tensor, " B"], rng: torch.Generator) -> PromptStates:
@@ -107,8 +107,8 @@ class AdapterBatchSampler:
         return self._stored[members[:, None], order.gather(1, repeated)]
 
     @cached_property
-    def base(self) -> BaseModel:
-        return load_base(self.recipe.base, self.zoo.device)
+    def _loss_of(self) -> AnswerLoss:
+        return AnswerLoss(load_base(self.recipe.base, self.zoo.device), self.recipe.spec)
 
     @cached_property
     def _stored(self) -> PromptStates:

@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from Gpt.adapters.answers import Answers, answer_loss
+from Gpt.adapters.answers import Answers
 from Gpt.adapters.base import BaseModel
 from Gpt.adapters.conditions import PromptStates
+from Gpt.adapters.replay import AnswerLoss
 from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
 from Gpt.adapters.suite import Member
 from Gpt.seeds import rng
@@ -81,13 +82,13 @@ def multitask_adapter(
     """
     weights = fresh.clone().requires_grad_()
     optimizer = torch.optim.AdamW([weights], learning_rate, weight_decay=0.0)
+    loss = AnswerLoss(base, spec)
     tasks, count = examples.tokens.shape[:2]
     for step in range(steps):
         draw = rng(weights.device, seed, "multi-task batch", step)
         chosen = torch.randint(tasks * count, (batch,), generator=draw, device=weights.device)
-        some = examples[chosen // count, chosen % count].trimmed()
-        loss = answer_loss(base, spec, weights[None], some[None]).sum()
-        (weights.grad,) = torch.autograd.grad(loss, weights)
+        some = examples[chosen // count, chosen % count]
+        (weights.grad,) = torch.autograd.grad(loss(weights[None], some[None]).sum(), weights)
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         optimizer.step()
     return weights.detach()

@@ -15,6 +15,7 @@ from Gpt.tasks import Task
 
 # The frozen model's backward pass computes the gradients of inputs and not those of weights.
 FROZEN_TRAINING_FACTOR = 2
+COUNTED = 16  # adapters that a loss is counted on: as in training, the longest answers decide
 
 
 def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spent: Spent) -> Costs:
@@ -43,14 +44,14 @@ def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spen
 
 
 def loss_flops(generator: Generator, task: Task, zoo: Zoo) -> float:
-    """Operations of the generator's loss on one example, its passes through the frozen model included.
+    """Operations of the generator's loss for one adapter, its passes through the frozen model included.
 
     A loss may change on the way: the mean of four moments of training.
     """
     draw = AdapterBatchSampler(zoo, task, "train", BatchConfig(), pooled=not generator.reads_prompt_sets)
-    batch, rng = draw(1, seeds.rng(zoo.device, 0)), seeds.rng(zoo.device, 0)
+    batch, rng = draw(COUNTED, seeds.rng(zoo.device, 0)), seeds.rng(zoo.device, 0)
     found = []
     for progress in (0.125, 0.375, 0.625, 0.875):
         batch.progress = progress
         found.append(costs.count_flops(lambda: generator.loss(batch, rng)))
-    return sum(found) / len(found)
+    return sum(found) / len(found) / COUNTED

@@ -24,7 +24,7 @@ from Gpt import seeds
 from Gpt.adapters.answers import Answers, answer_scores
 from Gpt.adapters.base import BaseModel
 from Gpt.adapters.spec import AdapterSpec
-from Gpt.adapters.suite import Member, Suite
+from Gpt.adapters.suite import EASY, Member, Suite
 from Gpt.evaluation.results import Interval, Row
 from Gpt.evaluation.statistics import bootstrap_interval
 
@@ -60,6 +60,23 @@ class Line:
                     lead = generator.scores[split]["exact"] - exact
                     metrics[f"{split}_{measure}"] = bootstrap_interval(lead, seed)
         return Row(self.name, self.kind, metrics, **self.details)
+
+
+def exact_by_rule(line: Line, members: Mapping[str, Sequence[Member]]) -> str:
+    """Mean exact match of every rule's tasks in all splits, the best first; before that, of all easy and other rules.
+
+    Args:
+        members: `{split: tasks}`, in the order of the line's scores.
+    """
+    found: dict[str, list[float]] = {}
+    for split, tasks in members.items():
+        for member, exact in zip(tasks, line.scores[split]["exact"].tolist(), strict=True):
+            kind = "easy" if member.rule in EASY else "others"
+            for name in (kind, member.rule):
+                found.setdefault(name, []).append(exact)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    order = sorted(means, key=lambda name: (name not in ("easy", "others"), -means[name]))
+    return ", ".join(f"{name} {means[name]:.1f}" for name in order)
 
 
 def score_tasks(

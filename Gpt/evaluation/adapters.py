@@ -27,7 +27,7 @@ from Gpt.errors import ZooError
 from Gpt.evaluation import adapter_baselines as baselines
 from Gpt.evaluation.adapter_confusion import confusions
 from Gpt.evaluation.adapter_costs import adapter_costs
-from Gpt.evaluation.adapter_scores import Line, score_tasks
+from Gpt.evaluation.adapter_scores import Line, exact_by_rule, score_tasks
 from Gpt.evaluation.adapter_tasks import PROMPTS, SHOTS, AdapterTasks, judged_splits
 from Gpt.evaluation.costs import Price, Spent
 from Gpt.evaluation.judge import Judge, Progress
@@ -89,7 +89,7 @@ class AdapterJudge(Judge):
             novelty=found,
             confusions=self.confusions(written[0]),
             costs=paid,
-            notes=self.notes(),
+            notes=[*self.notes(), *self.rules([references[-1], written[0]])],
         )
 
     def score(self) -> dict[str, float]:
@@ -291,6 +291,13 @@ class AdapterJudge(Judge):
             members, prompts = tasks.members(split), tasks.decoded(tasks.rules, split)
             found += confusions(tasks.base, tasks.recipe.spec, tasks.rules, members, weights, prompts, length, split)
         return found
+
+    def rules(self, lines: Sequence[Line]) -> list[str]:
+        """Which rules adapters of these kinds carry out exactly, and which they do not."""
+        if self.tasks.rules is None:
+            return []
+        members = {split: self.tasks.members(split) for split in self.tasks.splits}
+        return [f"{line.name}, exact (%) by rule: {exact_by_rule(line, members)}" for line in lines]
 
     def notes(self) -> list[str]:
         """What a reader has to know of this evaluation."""

@@ -97,9 +97,9 @@ def test_step_zero_of_the_query_generator_is_the_base_model(zoo, task):
     generator.fit(batch)
     written = generator.sample(batch.prompt)
     assert torch.equal(written, fresh_adapter(task).expand(16, -1))
-    base, answers = batch.base, batch.answers
+    base, answers = batch.loss_of.base, batch.answers
     plain = base.model(input_ids=answers.tokens[0]).logits
-    adapted = answer_loss(base, batch.spec, written[:1], answers[:1])
+    adapted = answer_loss(base, batch.loss_of.spec, written[:1], answers[:1])
     predicted = plain.log_softmax(-1).gather(-1, answers.tokens[0].roll(-1, 1)[..., None]).squeeze(-1)
     nll = -predicted.gather(1, answers.positions[0] - 1)
     torch.testing.assert_close(adapted[0], (nll * answers.valid[0]).sum() / answers.valid[0].sum())
@@ -122,8 +122,9 @@ def test_step_zero_is_the_base_model_for_every_form_of_adapter():
     generator.fit(batch)
     written = generator.sample(batch.prompt)
     assert torch.equal(written, fresh.expand(2, -1))
-    adapted = adapted_logits(batch.base, spec, written, batch.answers.tokens)
-    plain = batch.base.model(input_ids=batch.answers.tokens.flatten(0, 1)).logits
+    base = batch.loss_of.base
+    adapted = adapted_logits(base, spec, written, batch.answers.tokens)
+    plain = base.model(input_ids=batch.answers.tokens.flatten(0, 1)).logits
     torch.testing.assert_close(adapted.flatten(0, 1), plain, rtol=1e-4, atol=1e-4)
     generator.loss(batch, rng("cpu", 0)).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in generator.decoder.heads)
@@ -146,7 +147,8 @@ def test_losses_are_what_they_are_called(zoo, task):
     torch.testing.assert_close(loss(mse=0.0, l1=1.0)[1], error.abs().mean())
     sft = loss(mse=0.0, sft=1.0)[1]
     adapters = generator(prompts)
-    torch.testing.assert_close(sft, answer_loss(batch.base, batch.spec, adapters, batch.answers).mean())
+    base, spec = batch.loss_of.base, batch.loss_of.spec
+    torch.testing.assert_close(sft, answer_loss(base, spec, adapters, batch.answers).mean())
     torch.testing.assert_close(loss(mse=2.0, l1=3.0, sft=0.5)[1], 2 * mse + 3 * error.abs().mean() + 0.5 * sft)
     torch.testing.assert_close(target.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)
 
@@ -156,17 +158,17 @@ def test_gradients_through_the_language_model_are_those_of_peft(zoo, task):
     """The end-to-end loss against peft's own model, called with generated tensors in place of its parameters."""
     peft = pytest.importorskip("peft")
     batch = sampler(zoo, task)(1, rng("cpu", 0))
-    batch = dataclasses.replace(batch, base=load_base("tiny", "cpu", torch.float64))
-    spec = dataclasses.replace(batch.spec, train_a=True)  # so that flat rows hold all tensors that peft has
-    structure = adapter_structure(batch.base, spec)
-    weights = structure.flatten(AdapterModule(batch.base, spec).state_dict()).double()[None]
+    base = load_base("tiny", "cpu", torch.float64)
+    spec = dataclasses.replace(batch.loss_of.spec, train_a=True)  # so that flat rows hold all tensors that peft has
+    structure = adapter_structure(base, spec)
+    weights = structure.flatten(AdapterModule(base, spec).state_dict()).double()[None]
     weights = weights + 0.05 * torch.randn(weights.shape, generator=rng("cpu", 2), dtype=torch.float64)
     weights.requires_grad_()
-    ours = answer_loss(batch.base, spec, weights, batch.answers).sum()
+    ours = answer_loss(base, spec, weights, batch.answers).sum()
     (gradient,) = torch.autograd.grad(ours, weights)
 
     config = peft.LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))
-    model = peft.get_peft_model(copy.deepcopy(batch.base.model), config)
+    model = peft.get_peft_model(copy.deepcopy(base.model), config)
     tensors = {
         name.replace(".weight", ".default.weight"): value[0] for name, value in structure.unflatten(weights).items()
     }
@@ -197,6 +199,18 @@ def test_schedule():
     for wrong in ({"mse": 0.0}, {"regression_until": 0.5}, {"sft": 1.0, "regression_until": 0.2, "sft_from": 0.5}):
         with pytest.raises(ConfigError, match="without any loss"):
             LossConfig(**wrong)
+
+
+def test_noise_is_a_share_of_every_state_and_is_not_added_to_padding(zoo, task):
+    generator = build(task, "query", loss=LossConfig(noise=0.5))
+    states = torch.randn(8, 3, TOKENS, FEATURES, generator=rng("cpu", 0)) * torch.arange(TOKENS)[:, None]
+    shown = generator._disturbed(PromptStates(states, states.any(-1)), rng("cpu", 1)).states
+    assert torch.equal(shown[:, :, 0], states[:, :, 0])
+    share = (shown - states).norm(dim=-1)[:, :, 1:] / states.norm(dim=-1)[:, :, 1:]
+    torch.testing.assert_close(share, torch.full_like(share, 0.5), rtol=0.2, atol=0)
+    batch = sampler(zoo, task)(3, rng("cpu", 0))
+    generator.fit(batch)
+    assert torch.equal(generator.sample(batch.prompt), generator.sample(batch.prompt))
 
 
 def test_dropout_hides_all_prompts_of_an_example(zoo, task):

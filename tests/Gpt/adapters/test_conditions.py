@@ -76,10 +76,10 @@ def test_the_mean_of_a_set_is_over_all_states_that_are_no_padding():
 
 
 def test_sets_of_hashed_prompts_in_known_wordings_tell_tasks_apart():
-    prompts = AdapterFamily("mini", unseen_rules=1, unseen_combinations=1, validation=1).condition_prompts("train", 96)
+    prompts = AdapterFamily("mini", unseen_rules=1, unseen_combinations=1, validation=1).condition_prompts("train", 256)
     for tokens in (0, 32):
         found = prompt_states(prompts, "hash", tokens)
-        first, second = found[:, :48].pooled(), found[:, 48:].pooled()
+        first, second = found[:, :128].pooled(), found[:, 128:].pooled()
         assert (torch.cdist(first, second).argmin(1) == torch.arange(6)).sum() >= 5
 
 

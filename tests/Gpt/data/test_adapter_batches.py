@@ -88,11 +88,11 @@ def test_token_states_come_with_their_padding(zoo, task):
 
 
 def test_every_rule_is_drawn_as_often_as_any_other(zoo, task):
-    """Two rules, one of which has twice the runs of the other."""
+    """Of two rules, one has fewer runs than the other."""
     members = task.family.members
     rows = [members[i].rule for i in task.family.member_of_runs(zoo.run_ids[zoo.split("train")]).tolist()]
     (few, fewer), (most, more) = sorted(Counter(rows).items(), key=lambda item: item[1])
-    assert more == 2 * fewer
+    assert fewer < more
     drawn = Counter(members[i].rule for i in draw(zoo, task, count=2000).members.tolist())
     assert abs(drawn[few] - drawn[most]) < 200
 
@@ -136,7 +136,8 @@ def test_prompts_in_the_form_a_generator_reads(task):
 def test_examples_never_state_the_task(zoo, task):
     """What the language model reads is the bare input."""
     sampler = AdapterBatchSampler(zoo, task, "train", BatchConfig())
-    batch, tokenizer = sampler(8, rng("cpu", 0)), sampler.base.tokenizer
+    batch = sampler(8, rng("cpu", 0))
+    tokenizer = batch.loss_of.base.tokenizer
     for row in batch.answers.tokens.flatten(0, 1)[:32]:
         assert tokenizer.decode([row.tolist()])[0].startswith("Input:")
     assert encode_answers(tokenizer, [[("Input: a\nOutput:", " a\n")]]).valid.any()

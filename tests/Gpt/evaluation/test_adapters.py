@@ -8,12 +8,13 @@ import torch
 
 from data_gen.adapters import initial_adapters, train_adapter_population
 from Gpt.adapters.spec import AdapterSpec
+from Gpt.adapters.suite import Member
 from Gpt.catalogue.adapters import TASKS, adapter_entry
 from Gpt.data.adapter_batches import fresh_adapter, task_prompts
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.errors import TaskError, ZooError
-from Gpt.evaluation.adapter_scores import ratio_interval
+from Gpt.evaluation.adapter_scores import Line, exact_by_rule, ratio_interval
 from Gpt.evaluation.adapter_tasks import AdapterTasks
 from Gpt.evaluation.adapters import AdapterJudge
 from Gpt.evaluation.costs import Spent
@@ -158,7 +159,17 @@ def test_distances_and_costs(task, results):
     assert costs.train_seconds == pytest.approx(12.0 / 7)
     assert costs.break_even == pytest.approx(13.0 / (12.0 / 7 - costs.sample_seconds))
     steps = task.recipe.iterations * task.recipe.examples
-    assert costs.train_flops == pytest.approx(steps * 2 / 3 / 16 * costs.generator_flops / 10, rel=0.2)
+    assert costs.train_flops == pytest.approx(steps * 2 / 3 / 8 * costs.generator_flops / 10, rel=0.2)
+
+
+def test_exact_match_is_listed_by_rule(results):
+    trained, written = (note for note in results.notes if "by rule" in note)
+    assert trained.removeprefix("trained adapter") == written.removeprefix("test")
+    known = [Member("longest", "plain"), Member("longest", "json"), Member("sort", "plain")]
+    members = {"s1": known, "s2": [Member("last", "plain")]}
+    exact = {"s1": torch.tensor([100.0, 50.0, 80.0]), "s2": torch.tensor([0.0])}
+    line = Line("some", "baseline", {split: {"exact": values} for split, values in exact.items()}, {})
+    assert exact_by_rule(line, members) == "others 76.7, easy 0.0, sort 80.0, longest 75.0, last 0.0"
 
 
 def test_no_curve_of_another_metric_stands_beside_exact_match(results, zoo):

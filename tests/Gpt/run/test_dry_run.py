@@ -88,10 +88,21 @@ def test_the_embedded_default_passes_and_leaves_nothing_behind(empty, capsys):
     assert not everything(empty)
 
 
+def test_the_device_is_described_be_it_a_processor_or_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 4 * 2**30))
+    described = []
+    for name in ("cpu", "cuda:1"):
+        rehearsal = Rehearsal(compose("digits_loss", []), "digits_loss")
+        rehearsal.device = torch.device(name)
+        described.append(dry_run._device(rehearsal))
+    assert described == ["cpu, 1 thread", "card cuda:1, 3.0 GiB free"]
+
+
 def test_language_models_and_adapters_pass_too(empty):
     checks = found("device=cpu", "logger=disabled", name="lora_tiny")
     assert not troubles(checks)
-    assert "text 6x32" in checks["batch"].size
+    assert "text 12x32" in checks["batch"].size
     assert not everything(empty)
 
 
