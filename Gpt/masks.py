@@ -183,10 +183,8 @@ def _last_layer(structure: Structure) -> list[TensorSpec]:
         raise StructureError(
             f"only a network that ends in two outputs can have them swapped; its last layer is {found}"
         )
-    module = matrices[-1].name.rpartition(".")[0]
-    return [
-        tensor for tensor in structure.tensors if tensor is matrices[-1] or tensor.name in (f"{module}.bias", "bias")
-    ]
+    bias = matrices[-1].name.removesuffix("weight") + "bias"
+    return [tensor for tensor in structure.tensors if tensor is matrices[-1] or tensor.name == bias]
 
 
 def ridge_networks(

@@ -25,7 +25,7 @@ from Gpt.checkpoint import CheckpointFolder, TrainingState
 from Gpt.cuda_graphs import GraphedGradient
 from Gpt.distributed import from_first, on_first_process
 from Gpt.errors import ConfigError, UserError
-from Gpt.generator import Batch, Generator
+from Gpt.generator import Batch, Generator, evaluating
 from Gpt.muon import MuonAdamW
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
@@ -310,9 +310,10 @@ def _validate(
 ) -> dict[str, float]:
     """Validation loss on the same examples and noise every time, and the score of written networks."""
     total = 0.0
-    for i in range(config.validation_batches):
-        noise = rng(device, seed, "validation", i)
-        total += generator.loss(draw(config.batch_size // config.slices, noise), noise).item()
+    with evaluating(generator):
+        for i in range(config.validation_batches):
+            noise = rng(device, seed, "validation", i)
+            total += generator.loss(draw(config.batch_size // config.slices, noise), noise).item()
     return {"loss": total / config.validation_batches, **score(generator)}
 
 

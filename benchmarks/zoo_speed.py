@@ -62,12 +62,7 @@ ZOOS = {
 SMALL_PPO = {"iterations": 2, "environments": 8, "horizon": 4, "epochs": 1, "evaluation_episodes": 2}
 SMALL_ZOOS = {
     "digits": Zoo("digits_loss", 4, 3, (96, 32, 32), (1, 8, 8), recipe={"epochs": 1, "batch_size": 32}),
-    "cartpole": Zoo(
-        "cartpole",
-        2,
-        2,
-        recipe={"iterations": 2, "environments": 8, "horizon": 4, "epochs": 1, "evaluation_episodes": 2},
-    ),
+    "cartpole": Zoo("cartpole", 2, 2, recipe=SMALL_PPO),
 }
 
 

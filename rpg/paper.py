@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import Objective
 from Gpt.errors import ConfigError
-from Gpt.generator import Batch, Generator, Prompt, Solve
+from Gpt.generator import Batch, Generator, Prompt, Solve, evaluating
 from Gpt.structure import Structure
 from rpg.backbones import build_backbone
 from rpg.backbones.layers import GatedRMSNorm
@@ -249,17 +249,13 @@ class RpgPaper(Generator):
         if self.identities is not None and IDENTITY not in prompt:
             drawn = torch.randint(self.config.identities, (count,), generator=rng, device=noise.device)
             prompt = prompt | {IDENTITY: drawn}
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             prototypes = self._prototypes(prompt, count).flatten(0, 1)
             tokens = noise.flatten(0, 1)
             passes = torch.arange(len(tokens), device=noise.device).split(self.config.token_batch or len(tokens))
             denoised = [
                 solve(self.objective.denoiser(self._network(prototypes[rows])), tokens[rows]) for rows in passes
             ]
-        finally:
-            self.train(training)
         return self.latents.decode(self.tokens.decode(torch.cat(denoised).unflatten(0, (count, -1))))
 
     def _prototypes(self, prompt: Prompt, count: int) -> Float[Tensor, "B T width"]:

@@ -63,6 +63,7 @@ def compiler():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler gives many, of its own and of code that it looks into
         jaxtyping.config.update("jaxtyping_disable", True)
+        torch._dynamo.utils.counters.clear()  # of compilations: a reset leaves them
         yield
     jaxtyping.config.update("jaxtyping_disable", False)
     torch.compiler.reset()

@@ -28,12 +28,12 @@ class Spent:
 
 @dataclass(frozen=True)
 class Price:
-    """What writing one network takes: seconds, of all processes that are at it; FLOPs; evaluations of the generator's
-    network."""
+    """What writing one network takes: seconds, of all processes that are at it; FLOPs; and the FLOPs of writing it in a
+    single step without guidance, which is every part of the generator once, as for a training example."""
 
     seconds: float
     flops: float
-    passes: int
+    once_flops: float
 
 
 def forward_flops(task: Task) -> float:
@@ -111,7 +111,7 @@ def costs(task: Task, zoo: Zoo, price: Price, spent: Spent, step_seconds: float 
         sample_seconds=price.seconds,
         train_seconds=train_seconds,
         zoo_flops=count * train_flops,
-        generator_flops=spent.training_examples * TRAINING_FACTOR * price.flops / price.passes,
+        generator_flops=spent.training_examples * TRAINING_FACTOR * price.once_flops,
         sample_flops=price.flops,
         train_flops=train_flops,
         break_even=break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),

@@ -206,15 +206,16 @@ class MaskJudge(Judge):
         label, samples, wish = self.config.label, self.config.samples_per_prompt, replace(wish, wordings="test")
         masks, of_mask = repeated(self.masks, samples)
         familiar = self.family.train_masks[: len(self.masks)]
+        told_familiar, of_familiar = repeated(familiar, samples)
         networks, price = self.writer_of(wish).timed(self.request(masks, wish), "unseen masks")
-        for_familiar = self.write(repeated(familiar, samples)[0], "seen masks", wish)
+        for_familiar = self.write(told_familiar, "seen masks", wish)
         details = {"seconds": price.seconds, "flops": price.flops}
         note = f"{samples} networks a mask; guidance {wish.guidance:g}, chosen on validation masks"
         if wish.wanted is not None:
             note += f"; asked for {self.task.metric} {wish.wanted:.3g}, likewise"
         rows = [
             self.row(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
-            self.row(f"{label}, seen masks", "generator", for_familiar, familiar, of_mask, note=note, **details),
+            self.row(f"{label}, seen masks", "generator", for_familiar, familiar, of_familiar, note=note, **details),
             self.row(
                 f"{label}, shuffled masks", "baseline", networks, self.masks, (of_mask + 1) % len(self.masks),
                 note="the networks for unseen masks, each measured on another one",

@@ -127,14 +127,14 @@ def novelty(
     rows = []
     for name, found in sets.items():
         good = found.metric <= bar if minimize else found.metric >= bar
-        distance = float(found.distance.mean())
+        distance = found.distance.mean()
         rows.append(
             Novelty(
                 name=name,
                 kind=found.kind,
                 metric=bootstrap_interval(found.metric, seed),
-                distance=distance,
-                distance_ratio=distance / unit,
+                distance=float(distance),
+                distance_ratio=float(distance / unit),
                 error_overlap=None if found.overlap is None else float(found.overlap.mean()),
                 copying_z=data_copying_z(found.distance, reference.distance),
                 novel_and_good=float((good & (found.distance >= unit)).float().mean()),

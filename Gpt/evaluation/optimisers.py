@@ -143,9 +143,13 @@ def tune(
 
 def step_seconds(task: Task, starts: Starts, seed: int, steps: int = 10) -> float:
     """Wall-clock seconds of one SGD step of one network on this machine, all starts training together."""
-    optimise(task, starts.weights, OPTIMISERS[0], [0.1], [1], seed)
+
+    def waited(steps: int) -> None:
+        optimise(task, starts.weights, OPTIMISERS[0], [0.1], [steps], seed).sum().item()
+
+    waited(1)  # what the first call alone takes
     began = time.perf_counter()
-    optimise(task, starts.weights, OPTIMISERS[0], [0.1], [steps], seed).sum().item()  # waits for the device
+    waited(steps)
     return from_first(time.perf_counter() - began) / steps / len(starts.weights)
 
 

@@ -1,6 +1,8 @@
 """A task's test function on many networks at once, in bounded memory."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +19,20 @@ Members = Bool[Tensor, "P classes"] | Int[Tensor, " P"]
 COMPANION = {"loss": "error", "error": "loss"}
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, matrix products and the convolutions of populations are float32, also where the process trains in
+    TensorFloat-32. cuDNN keeps to its own setting, TensorFloat-32: in float32 large networks take much longer."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
+@exact_products()
 def test_population(
     task: Task,
     weights: Float[Tensor, "P D"],
@@ -60,6 +75,7 @@ def test_population(
 
 
 @torch.no_grad()
+@exact_products()
 def correct_population(
     task: Task,
     weights: Float[Tensor, "P D"],

@@ -6,19 +6,17 @@ batches.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from Gpt.diffusion.samplers import SAMPLERS
 from Gpt.distributed import Rows, busy, from_first, in_chunks
 from Gpt.evaluation.costs import Price, count_flops
-from Gpt.generator import Generator, Prompt
-from Gpt.seeds import derive_seed, rng
+from Gpt.generator import Generator, Prompt, evaluating
+from Gpt.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -59,27 +57,15 @@ class Writer:
 
     def timed(self, request: Request, name: str) -> tuple[Float[Tensor, "count D"], Price]:
         """The same, and what one of them takes, compilation left out."""
-        replace(self, steps=1)(request, name)  # compiles and records what is timed next
+        _wait_for(replace(self, steps=1)(request, name))  # compiles and records what is timed next
         began = time.perf_counter()
-        weights = self(request, name)
-        weights.sum().item()  # waits for the device
+        weights = _wait_for(self(request, name))
         seconds = from_first(time.perf_counter() - began) * busy(request.count, self.max_batch) / request.count
-        flops = from_first(count_flops(lambda: self(request[:1], name)))
-        return weights, Price(seconds, flops, self.passes)
-
-    @property
-    def passes(self) -> int:
-        """Evaluations of the generator's network for each one that is written: the sampler's, twice with guidance."""
-        generator, count = self.generator, 0
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return x
-
-        steps = self.steps or generator.default_steps
-        SAMPLERS[generator.sampler](denoise, generator.objective, torch.zeros(1, 1), steps, rng("cpu", 0))
-        return count if self.guidance == 1 else 2 * count
+        flops, once_flops = (
+            from_first(count_flops(partial(writer, request[:1], name)))
+            for writer in (self, replace(self, steps=1, guidance=1.0))
+        )
+        return weights, Price(seconds, flops, once_flops)
 
     def _sample(self, request: Request, name: str, first: int) -> Float[Tensor, "count D"]:
         """Networks number `first`, `first + 1`, …"""
@@ -105,12 +91,7 @@ class Writer:
         )
 
 
-@contextmanager
-def evaluating(generator: Generator) -> Iterator[None]:
-    """Eval mode inside, the previous mode afterwards."""
-    was_training = generator.training
-    generator.eval()
-    try:
-        yield
-    finally:
-        generator.train(was_training)
+def _wait_for(weights: Tensor) -> Tensor:
+    """The same, when the device has finished them."""
+    weights.sum().item()
+    return weights

@@ -186,7 +186,7 @@ class Rehearsal(Experiment):
 def _device(run: Rehearsal) -> str:
     if run.device.type != "cuda":
         threads = torch.get_num_threads()
-    return f"{run.device}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{run.device}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{torch.cuda.get_device_name(run.device)}, {_size(torch.cuda.mem_get_info(run.device)[0])} free"
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from Gpt.conditions import Conditions, MetricScale, TargetMetric, fourier_features, prompt_features
 from Gpt.errors import ConfigError
@@ -106,6 +107,10 @@ def test_an_unknown_start_is_not_a_start_with_some_metric():
     embedding = module(values)
     assert embedding.isfinite().all()
     assert len({tuple(row.tolist()) for row in embedding}) == 4
+    module.mlp = nn.Identity()
+    start, wanted, change = module(values[:2]).unflatten(1, (3, -1)).unbind(1)
+    assert not start[0].any() and not change[0].any() and start[1].any()  # change[1] is none, which has a cosine
+    assert torch.equal(wanted[0], wanted[1]) and change[1].any()
 
 
 def test_gradients_are_finite_for_unknown_and_unreachable_values():

@@ -177,6 +177,18 @@ def test_swapping_leaves_other_tensors_of_two_rows_alone():
     assert torch.equal(swapped["2.weight"], net[2].weight.flip(0))
 
 
+def test_a_bias_of_the_whole_network_is_not_that_of_its_last_layer():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    net.register_parameter("bias", torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0])))
+    structure = Structure.of(net)
+    weights = structure.flatten(net.state_dict())
+    swapped = structure.unflatten(masks.swap_outputs(weights, structure))
+    assert torch.equal(swapped["bias"], net.bias)
+    assert torch.equal(swapped["0.bias"], net[0].bias.flip(0))
+    alone = Structure.of(torch.nn.Linear(4, 2))
+    assert torch.equal(masks.swap_outputs(torch.arange(10.0), alone)[8:], torch.tensor([9.0, 8.0]))
+
+
 def test_networks_without_two_outputs_cannot_be_swapped():
     structure = Structure.of(ConvNet())
     with pytest.raises(StructureError, match="fc.weight"):

@@ -295,6 +295,28 @@ def test_the_best_weights_on_validation_are_kept(tmp_path):
     assert (facts["step"], facts["score"], facts["alignment"]) == (6, 1.0, 0.5)
 
 
+def test_validation_leaves_no_trace_in_the_weights(tmp_path):
+    """Batch statistics above all: a network in training mode would gather those of the validation examples."""
+
+    class Normed(Toy):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(5, affine=False)
+
+        def loss(self, batch, rng):
+            assert self.training == torch.is_grad_enabled()
+            return (self.layers(self.norm(batch.target)) - batch.target).square().mean()
+
+    stored = []
+    for count in (1, 5):
+        generator, _ = run(tmp_path / str(count), replace(CONFIG, validation_batches=count), Normed())
+        assert generator.training
+        found = contents(tmp_path / str(count))
+        stored.append({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
+    assert "norm.running_var" in {name.rpartition(":")[2] for name in stored[0]}
+    assert_same(*stored)
+
+
 def test_the_average_is_the_one_written_down(tmp_path):
     """w_ema <- w_ema + (1 - min(decay, (1 + n) / (10 + n))) (w - w_ema), and a copy at the first step."""
     snapshots = []

@@ -136,16 +136,17 @@ def test_advantages_are_decayed_sums_within_episodes():
 
 
 def test_time_limit_is_bootstrapped_and_falling_is_not():
-    recipe = replace(SMALL, environments=2, horizon=1, gamma=0.5)
+    """Both end an episode after the first of two steps: what the next episode earns belongs to neither."""
+    recipe = replace(SMALL, environments=2, horizon=2, gamma=0.5)
     population = PpoPopulation(recipe, [0], 0, "cpu")
-    observation = torch.randn(1, 2, 1, 4, generator=torch.Generator().manual_seed(0))
+    observation = torch.randn(1, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     reached = observation + 1
-    reward = torch.tensor([[[3.0], [-2.0]]])
-    zeros, done = torch.zeros(1, 2, 1), torch.ones(1, 2, 1, dtype=torch.bool)
-    terminated = torch.tensor([[[False], [True]]])
+    reward = torch.tensor([[[3.0, 100.0], [-2.0, 100.0]]])
+    zeros, done = torch.zeros(1, 2, 2), torch.tensor([True, False]).expand(1, 2, 2)
+    terminated = torch.tensor([[[False, False], [True, False]]])
     batch = population.estimate(Rollout(observation, zeros, zeros, reward, reached, terminated, done))
     _, critic = agent_modules(population.parameters[0])
-    following = critic(reached[0, 0]).item()
+    following = critic(reached[0, 0, 0]).item()
     assert abs(following) > 1e-4
     torch.testing.assert_close(batch[0, :, 0, 7], torch.tensor([3 + 0.5 * following, -2.0]))
     torch.testing.assert_close(batch[..., :4], observation)

@@ -127,6 +127,19 @@ def test_an_untrained_generator_writes_noise_around_the_mean_checkpoint(policy):
     assert 0.7 < latents.std() < 1.1  # x0 = alpha / (alpha² + sigma²) x_t integrates to unit variance
 
 
+def test_what_is_learned_has_unit_variance_at_every_noise_level():
+    """The head speaks in standard deviations of what unit-variance data are, given noised ones: sigma² / (alpha² +
+    sigma²) (Karras et al. 2022, table 1)."""
+    model = build(policy="flat")
+    z_t, t = torch.randn(5, STRUCTURE.size, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 1, 5)
+    network = model._network(model._request({}, None, 5))
+    silent = network(z_t, t)
+    with torch.no_grad():
+        model.denoiser.heads[0].bias.fill_(1.0)
+    open_part = t.square() / ((1 - t).square() + t.square())
+    torch.testing.assert_close(network(z_t, t) - silent, open_part.sqrt()[:, None].expand_as(z_t))
+
+
 def test_hidden_units_are_interchangeable_where_networks_do_not_agree_on_them():
     """Without a common order there is no anchor; then renaming units of the noise renames units of the result."""
     model = untrained(policy="neuron")
@@ -179,6 +192,21 @@ def test_the_loss_leaves_out_what_never_varies():
         losses.append(model.loss(batch, torch.Generator().manual_seed(5)))
     assert torch.equal(*losses)
     assert torch.equal(model.sample({}, count=3, steps=2)[:, :20], torch.full((3, 20), 0.25))
+
+
+def test_the_loss_is_the_mean_over_what_varies():
+    """Of an untrained denoiser, which estimates each number alone: alpha z_t / (alpha² + sigma²)."""
+    model, rng = build(policy="flat"), torch.Generator().manual_seed(0)
+    batch = two_clusters(64, rng)
+    batch.target[:, :20] = 0.25
+    del batch.prompt["identity"]
+    model.fit(batch)
+    latents, draws = model.latents.encode(batch.target), torch.Generator().manual_seed(5)
+    t = model.objective.draw_times(64, draws, "cpu")[:, None]
+    noise = torch.randn(latents.shape, generator=draws)
+    estimate = (1 - t) / ((1 - t).square() + t.square()) * ((1 - t) * latents + t * noise)
+    expected = (estimate - latents)[:, 20:].square().mean()
+    torch.testing.assert_close(model.loss(batch, torch.Generator().manual_seed(5)), expected)
 
 
 def test_every_parameter_learns():

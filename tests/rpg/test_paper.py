@@ -1,5 +1,7 @@
 """The published generator: sizes, the denoiser layer by layer, where conditions reach, sampling token by token."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,22 @@ def test_the_denoiser_layer_by_layer(channels):
     torch.testing.assert_close(model(x, t, prototypes), expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_compiled_denoiser_gives_the_same_noise_gradients_and_statistics(compiler):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        eager = TokenDenoiser(token_size=16, width=8, channels=(1, 2, 3, 2, 1))
+    compiled = copy.deepcopy(eager)
+    compiled.compile()
+    inputs = torch.randn(5, 16, generator=rng()), 200.0 * torch.arange(5), torch.randn(5, 8, generator=rng(1))
+    found = []
+    for network in (eager, compiled):
+        estimate = network(*inputs)
+        gradients = torch.autograd.grad(estimate.square().sum(), [*network.parameters()])
+        found.append([estimate.detach(), *gradients, *network.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
 def test_time_features_tell_all_steps_apart():
     features = time_features(torch.arange(1000.0))
     assert torch.pdist(features).min() > 0.1
@@ -139,6 +157,14 @@ def test_prototypes_that_all_networks_share_are_computed_once(settings, rows):
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     assert len(model._prototypes({"identity": torch.arange(5) % 3}, 5)) == 5
     assert seen == [rows]
+
+
+@pytest.mark.usefixtures("small")
+def test_identities_are_drawn_where_none_is_named():
+    model, drawn = build(identities=3, steps=1), []
+    model.identities.register_forward_pre_hook(lambda module, inputs: drawn.append(inputs[0]))
+    model.sample({}, count=60, seed=1)
+    assert torch.cat(drawn).bincount(minlength=3).min() > 10
 
 
 @pytest.mark.usefixtures("small")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal, kl_divergence
 
 from Gpt.conditions import Conditions
 from Gpt.diffusion.objectives import DDPM, FlowMatching
@@ -40,6 +41,17 @@ def test_the_autoencoder_takes_vectors_of_any_length(size, stride, channels):
     assert mean.shape == log_variance.shape == (2, 5)
     assert model.decode(mean).shape == (2, size)
     assert model.encoder(nn.functional.pad(x, (0, model.padding))[:, None]).shape[-1] == model.length
+
+
+def test_the_kl_term_is_that_of_the_posterior_from_a_standard_gaussian():
+    losses = []
+    for weight in (0.0, 10.0):
+        generator = build(kl_weight=weight)
+        generator.fit(Batch(networks(50)))
+        losses.append(generator.loss(Batch(networks(8)), rng("cpu", 0)))
+    mean, log_variance = generator.autoencoder.encode(generator.latents.encode(networks(8)))
+    posterior, prior = Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0)
+    torch.testing.assert_close(losses[1] - losses[0], 10 * kl_divergence(posterior, prior).mean(), rtol=1e-3, atol=1e-4)
 
 
 def test_diffusion_does_not_move_the_autoencoder():

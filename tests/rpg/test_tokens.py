@@ -226,6 +226,20 @@ def test_the_anchor_tells_weights_apart_only_where_networks_agree_on_them():
     assert chaotic.anchor.std() < 0.1
 
 
+def test_the_anchor_counts_in_deviations_of_each_tensor():
+    structure = Structure.of(nn.Linear(50, 50))
+    unit = gaussian(20, structure.size)
+    anchors = []
+    for scale, shift in ((1.0, 0.0), (1e-3, 7.0)):
+        latents = Latents(structure)
+        latents.fit(scale * unit + shift)
+        anchors.append(latents.anchor)
+    weight = unit[:, : 50 * 50].double()
+    expected = (weight.mean(0) - weight.mean()) / weight.std(correction=0)
+    torch.testing.assert_close(anchors[0][: 50 * 50], expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(anchors[1], anchors[0], rtol=1e-2, atol=1e-3)
+
+
 def test_networks_that_are_not_finite_are_refused(networks):
     structure, weights = networks
     weights[3, 5] = torch.nan

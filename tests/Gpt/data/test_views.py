@@ -61,11 +61,13 @@ def test_too_many_held_out_networks_are_refused(zoo):
 
 
 def shuffled_zoo():
-    """Nine runs of two snapshots; each is one network, nearly, with its hidden units in an order of its own."""
+    """Nine runs, which begin as unrelated networks; each ends as one network, nearly, with its hidden units in an order
+    of its own."""
     structure = Structure.of(MLP(4, 6, 3), MLP.symmetry)
     draws = rng("cpu", 0)
     base = torch.randn(structure.size, generator=draws)
     weights = base + 0.01 * torch.randn(9, 2, structure.size, generator=draws)
+    weights[:, 0] = torch.randn(9, structure.size, generator=draws)
     index = structure.permutation_index(structure.random_permutations(9, draws))
     shuffled = weights.gather(2, index[:, None].expand_as(weights))
     metrics = {"validation_loss": torch.zeros(9, 2)}
@@ -80,7 +82,8 @@ def test_aligned_runs_differ_by_their_noise_alone_and_keep_their_functions():
         places = torch.full_like(rows, snapshot)
         before, after = zoo.read(rows, places), aligned.read(rows, places)
         assert (before - before.mean(0)).norm(dim=1).min() > 1
-        assert (after - after.mean(0)).norm(dim=1).max() < 0.2
+        if snapshot == 1:
+            assert (after - after.mean(0)).norm(dim=1).max() < 0.2
         x = torch.randn(5, 4, generator=rng("cpu", 1))
         for a, b in zip(before, after, strict=True):
             outputs = [functional_call(MLP(4, 6, 3), zoo.structure.unflatten(flat), (x,)) for flat in (a, b)]

@@ -169,13 +169,13 @@ def test_times_cover_their_range_and_follow_their_seed():
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 60, 999, 1000])
-def test_ddpm_grid_begins_at_the_last_step_and_has_no_repeats(steps):
+def test_ddpm_grid_begins_at_the_last_step_and_is_even(steps):
     grid = DDPM().grid(steps)
     times = [t for t, _, _ in grid]
     assert len(grid) == steps and times[0] == DDPM_STEPS - 1 and times[-1] >= 0
     assert all(earlier > later for earlier, later in zip(times, times[1:], strict=False))
-    if steps == DDPM_STEPS:
-        assert times[-1] == 0
+    gaps = {earlier - later for earlier, later in zip(times, [*times[1:], -1], strict=True)}
+    assert gaps <= {DDPM_STEPS // steps, DDPM_STEPS // steps + 1}  # even, the last one down to clean data too
     alpha, sigma = DDPM().alpha_sigma(torch.tensor(times))
     torch.testing.assert_close(torch.tensor([[a, s] for _, a, s in grid]), torch.stack([alpha, sigma], 1))
 

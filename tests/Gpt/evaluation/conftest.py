@@ -1,6 +1,6 @@
 """A small task with a zoo that trains in a second, and generators whose behaviour is known in advance."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -71,6 +71,13 @@ def task() -> Task:
         "recipe": SupervisedRecipe(epochs=10, batch_size=16),
     }
     return check_entry("blobs", entry)
+
+
+@pytest.fixture(scope="session")
+def misleading(task) -> Task:
+    """The task with test labels that all training makes worse: whoever selects by them, selects otherwise."""
+    x, y = task.data("test")
+    return replace(task, data_fn=lambda: (x, (y + 1) % 3))
 
 
 @pytest.fixture(scope="session")

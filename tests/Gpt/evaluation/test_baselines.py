@@ -35,6 +35,8 @@ def test_final_stored_ranks_training_runs_and_keeps_the_order_of_others(task, zo
     ranked = baselines.final_stored(zoo, task, "train")
     assert (metric[ranked.runs, -1].diff() >= 0).all() and (ranked.snapshots == 5).all()
     assert torch.equal(baselines.final_stored(zoo, task, "test", 4).runs, torch.arange(4))
+    highest = baselines.final_stored(zoo, replace(task, minimize=False), "train")
+    assert (metric[highest.runs, -1].diff() <= 0).all() and highest.runs.sort().values.equal(torch.arange(40, 120))
 
 
 def test_noise_is_relative_to_each_tensor_and_grows_with_its_scale(task, zoo):
@@ -54,10 +56,14 @@ def test_noise_is_relative_to_each_tensor_and_grows_with_its_scale(task, zoo):
 
 def test_noise_leaves_running_statistics_alone():
     structure = Structure.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    weights = structure.flatten(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict())[None]
-    moved = baselines.noisy(weights + 1, structure, 1.0, seed=0) != weights + 1
-    changed = {t.name: bool(moved[0, t.slice].any()) for t in structure.tensors}
-    assert not changed["1.running_var"] and not changed["1.running_mean"] and changed["0.weight"]
+    weights = torch.rand(5, structure.size)
+    for jittered in (
+        baselines.noisy(weights, structure, 1.0, seed=0),
+        baselines.per_weight_gaussian(weights, structure, 5, seed=0) - weights.mean(0) + weights,
+    ):
+        moved = (jittered - weights).abs() > 1e-6
+        changed = {t.name: bool(moved[:, t.slice].any()) for t in structure.tensors}
+        assert not changed["1.running_var"] and not changed["1.running_mean"] and changed["0.weight"]
 
 
 def test_soups_average_consecutive_networks_in_order_of_merit():

@@ -34,13 +34,14 @@ def test_of_reinforcement_learning(task):
     assert whole == 3 * (8 * 4) * (1 + 3 * 2) * FORWARD
 
 
-def test_a_forward_pass_costs_its_share_of_a_sample(task, zoo):
-    """A hundred examples, three forward passes each, of which one network takes 5."""
-    found = costs.costs(task, zoo, Price(seconds=2.0, flops=40.0, passes=5), Spent(24.0, 36.0, training_examples=100))
-    assert found.generator_flops == 100 * 3 * 40 / 5 and found.sample_flops == 40
+def test_a_generator_costs_three_forward_passes_an_example(task, zoo):
+    """A hundred examples, three forward passes each."""
+    price = Price(seconds=2.0, flops=40.0, once_flops=9.0)
+    found = costs.costs(task, zoo, price, Spent(24.0, 36.0, training_examples=100))
+    assert found.generator_flops == 100 * 3 * 9 and found.sample_flops == 40
     assert found.zoo_flops == 120 * found.train_flops == 120 * 10 * (300 // 16) * 16 * 3 * FORWARD
     assert found.train_seconds == 24 / 120 and found.break_even is None
-    timed = costs.costs(task, zoo, Price(2.0, 40.0, 5), Spent(training_seconds=36.0), step_seconds=0.1)
+    timed = costs.costs(task, zoo, price, Spent(training_seconds=36.0), step_seconds=0.1)
     assert timed.train_seconds == pytest.approx(18.0) and timed.break_even == pytest.approx(36 / 16)
 
 

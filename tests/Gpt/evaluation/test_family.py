@@ -13,7 +13,7 @@ from Gpt.descriptions import Descriptions
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.evaluation import family
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.family import MaskJudge
+from Gpt.evaluation.family import MaskJudge, Wish
 from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.evaluation.population import correct_population
 from Gpt.evaluation.population import test_population as measure
@@ -105,6 +105,15 @@ def rows_of(generator, task, zoo, **config) -> dict:
     return {row.name: row for row in results.table}
 
 
+def test_fewer_masks_may_be_left_for_training_than_are_held_out(task, zoo):
+    few = replace(task, family=MaskSplit(held_out=400, validation=60))
+    assert len(few.family.train_masks) == 102
+    rows, _ = judge(Writing(task), few, zoo).written(Wish(1.0))
+    counts = {row.name: row.metrics["test_error"].count for row in rows}
+    assert counts == {"ours, unseen masks": 400, "ours, seen masks": 102, "ours, shuffled masks": 400}
+    assert all(row.metrics["test_error"].mean == 0 for row in rows[:2])
+
+
 def test_every_row_is_what_it_must_be(task, zoo):
     rows = rows_of(Writing(task), task, zoo)
     error = {name: row.metrics["test_error"].mean for name, row in rows.items()}
@@ -142,9 +151,9 @@ def test_guidance_is_chosen_on_validation_masks_and_test_masks_are_met_once(task
     generator = Writing(task, lambda mask, guidance: guidance != 1.5 and bool((validation == mask).all(1).any()))
     rows = rows_of(generator, task, zoo)
     assert "guidance 1.5" in rows["ours, unseen masks"].note
-    for guidance in (1.0, 2.0):
+    for guidance, counted in ((1.0, 1), (2.0, 0)):  # one more is written to count operations, and not measured
         asked = torch.stack([mask for mask, g in generator.asked if g == guidance])
-        assert (hamming(asked, validation).min(1).values == 0).all()
+        assert (hamming(asked, validation).min(1).values > 0).sum() == counted
     unguided = Writing(task)
     unguided.conditions.dropout = 0.0  # without a null condition there is nothing to choose
     rows_of(unguided, task, zoo)
@@ -261,6 +270,22 @@ def test_the_score_of_the_training_loop_reads_validation_masks_alone(task, zoo):
     assert score == {"validation_error": 25.0, "validation_worst_mask": 100.0}
     assert torch.equal(torch.stack([mask for mask, _ in generator.asked]), FAMILY.validation_masks)
     assert generator.training
+
+
+def test_selection_reads_validation_masks_and_images_alone(task, zoo, monkeypatch):
+    splits = []
+
+    def noted(task, weights, split, masks, **options):
+        splits.append(split)
+        assert (hamming(masks, FAMILY.validation_masks) == 0).any(1).all()
+        return measure(task, weights, split, masks, **options)
+
+    monkeypatch.setattr(family, "test_population", noted)
+    selecting = judge(Writing(task), task, zoo)
+    selecting.score()
+    selecting.choose_wish()
+    selecting.regression(family.ridge_networks, family.RIDGE_SETTINGS)
+    assert len(splits) == 1 + 3 + len(family.RIDGE_SETTINGS) and set(splits) == {"validation"}
 
 
 def test_results_are_drawn_and_reported(task, zoo, tmp_path, check_settings):

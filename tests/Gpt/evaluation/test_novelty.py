@@ -67,6 +67,21 @@ def test_copies_of_runs_that_gave_way_to_others_are_found_out(task, zoo, bank, h
     assert f"{len(former)} runs" in former_runs_note(changed)[0] and not former_runs_note(zoo)
 
 
+def test_a_run_that_gave_way_is_nobodys_own(task, zoo):
+    changed, finals = copy(zoo), torch.arange(zoo.runs)
+    changed.former = zoo.read(finals, torch.full_like(finals, -1)) + 1e-3
+    bank = bank_of(changed, task)
+    distance, _ = bank.nearest(bank.weights[:5], bank.runs[:5])
+    torch.testing.assert_close(distance, torch.full((5,), 1e-3 * task.structure.size**0.5), rtol=1e-2, atol=0)
+
+
+def test_copies_of_training_networks_that_are_copies_of_each_other_end_in_no_error(task, held_out):
+    nothing = torch.zeros(len(held_out))
+    sets = {"copies": Measured("generator", nothing, nothing), "others": Measured("baseline", nothing, nothing + 1)}
+    (copies, others), _ = novelty(sets, sets["others"], unit=0.0, minimize=True, seed=0)
+    assert copies.distance_ratio != copies.distance_ratio and others.distance_ratio == float("inf")
+
+
 def test_far_away_networks_are_novel_but_not_good(task, bank, held_out):
     random = 3 * stack_initial(task.constructor, task.structure, list(range(900, 920)))
     found, _ = rows(task, bank, random=random, held_out=held_out)

@@ -59,6 +59,15 @@ def test_tuning_picks_the_grids_best_rate_on_validation_data_for_every_budget(ta
     assert trace.mean[-1] < 0.7 * trace.mean[0]
 
 
+def test_test_data_have_no_say_in_the_learning_rate(task, zoo, misleading):
+    tuning = initial_networks(zoo, task, "validation", 4, "cpu")
+    rates = []
+    for judged in (task, misleading):
+        tuned, trace = tune(judged, OPTIMISERS[0], tuning, tuning, budgets=[5, 40], learning_rates=5, seed=0)
+        rates.append([entry.learning_rate for entry in tuned])
+    assert rates[0] == rates[1] and trace.mean[-1] > 1.5 * trace.mean[0]
+
+
 def test_learning_rates_are_shared_out_in_chunks(task, zoo, monkeypatch):
     """What each process computes does not depend on how many there are: the same few rates at a time."""
     starts, chunks = initial_networks(zoo, task, "validation", 4, "cpu"), []

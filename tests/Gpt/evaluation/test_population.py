@@ -93,3 +93,27 @@ def test_names_a_test_function_that_is_not_batched_after_all(task, weights):
         population.test_population(wrong, weights, "test")
     with pytest.raises(TaskError, match="correct_fn"):
         population.correct_population(replace(task, correct_fn=None), weights, "test")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_networks_are_measured_in_float32_whatever_the_process_computes_in(task, weights, batched):
+    def watched(function):
+        def watching(*inputs):
+            assert torch.get_float32_matmul_precision() == "highest"
+            return function(*inputs)
+
+        return watching
+
+    def failing(*inputs):
+        raise TaskError("inside")
+
+    exact = replace(task, batched=batched, task_test_fn=watched(task.task_test_fn), correct_fn=watched(task.correct_fn))
+    torch.set_float32_matmul_precision("high")
+    try:
+        population.test_population(exact, weights, "test")
+        population.correct_population(exact, weights, "test")
+        with pytest.raises(TaskError, match="inside"):
+            population.test_population(replace(exact, task_test_fn=failing), weights, "test")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -4,8 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from Gpt.evaluation import baselines
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.judge import EvaluationConfig
+from Gpt.evaluation.population import test_population as measure
 from Gpt.evaluation.prompted import PromptJudge
 from Gpt.recipes import PpoRecipe
 
@@ -90,6 +92,38 @@ def test_the_best_of_several_samples_gets_a_row(copying, task, zoo, check_settin
     found = check_settings(PromptJudge(copying, task, zoo, replace(SMALL, samples_per_prompt=2), "cpu"))
     rows = {row.name: row for row in found.table}
     assert rows["G.pt, best of 2"].flops == 2 * rows["G.pt, one update"].flops
+
+
+def test_the_prompt_is_chosen_on_validation_runs_and_images(copying, task, zoo, misleading):
+    sample, starts = copying.sample, []
+
+    def watched(prompt, start, **settings):
+        starts.append(start)
+        return sample(prompt, start, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "sample", watched)
+        chosen = [PromptJudge(copying, judged, zoo, SMALL, "cpu").choose_prompt() for judged in (task, misleading)]
+    validation = torch.arange(20, 28)
+    expected = zoo.read(validation, torch.zeros_like(validation))
+    assert torch.equal(torch.cat(starts).unique(dim=0), expected.unique(dim=0))
+    assert chosen[0] == chosen[1]
+
+
+def test_the_best_of_several_samples_is_picked_on_validation_images(idle, zoo, misleading):
+    """One sample of two is a trained network, which wrong test labels make look worse than the start that it is of."""
+    trained = baselines.best_stored(zoo, misleading, 1).read(zoo, "cpu")
+
+    def sample(prompt, start, **settings):
+        return torch.where(torch.arange(len(start))[:, None] % 2 == 0, trained, start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idle, "sample", sample)
+        judge = PromptJudge(idle, misleading, zoo, replace(SMALL, samples_per_prompt=2), "cpu")
+        *_, best = judge.one_update(0).rows
+    losses = [measure(misleading, w, "test")["test_loss"].mean() for w in (trained, judge.held_out.weights)]
+    assert losses[0] > losses[1] and best.name == "G.pt, best of 2"
+    assert best.metrics["test_loss"].mean == pytest.approx(losses[0].item(), rel=1e-5)
 
 
 def test_an_idle_generator_gains_nothing(idle, task, zoo):

@@ -141,7 +141,7 @@ def test_a_task_with_nothing_but_a_test_function_is_enough(zoo, task):
     assert rows(results)[HELD_OUT].metrics["test_loss"].count == 20
 
 
-def test_the_score_of_training_is_measured_on_validation_data(zoo, task):
+def test_the_score_of_training_is_measured_on_validation_data(zoo, task, misleading):
     generator = Replaying(zoo, task)
     generator.train()
     score = WholeJudge(generator, task, zoo, CONFIG, "cpu").score()
@@ -149,6 +149,7 @@ def test_the_score_of_training_is_measured_on_validation_data(zoo, task):
     assert score.keys() == {"validation_loss", "validation_worst_loss"}
     stored = zoo.metrics["validation_loss"][zoo.split("train"), -1]
     assert stored.min() <= score["validation_loss"] <= score["validation_worst_loss"] <= stored.max() + 1e-6
+    assert WholeJudge(generator, misleading, zoo, CONFIG, "cpu").score() == score
 
 
 def test_snapshots_of_one_training_are_called_that(task, tmp_path):

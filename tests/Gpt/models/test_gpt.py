@@ -64,6 +64,20 @@ def test_an_untrained_generator_describes_independent_gaussian_residuals():
     assert ((often - start) / spread - noise).square().mean().sqrt() < 0.02
 
 
+def test_what_is_learned_has_unit_variance_at_every_noise_level():
+    """The heads speak in standard deviations of what unit-variance residuals are, given noised ones: sigma² / (alpha² +
+    sigma²) (Karras et al. 2022, table 1)."""
+    generator, t = build(), torch.linspace(0.1, 1, 8)
+    r_t = torch.randn(8, STRUCTURE.size, generator=rng("cpu", 1))
+    network = generator._network(batch(8).start, generator.conditions(WISH, 8))
+    silent = network(r_t, t)
+    with torch.no_grad():
+        for head in generator.network.heads:
+            head.bias.fill_(1.0)
+    open_part = t.square() / ((1 - t).square() + t.square())
+    torch.testing.assert_close(network(r_t, t) - silent, open_part.sqrt()[:, None].expand_as(r_t))
+
+
 def test_the_untrained_loss_is_that_of_the_best_linear_estimate():
     generator = build()
     generator.fit(batch())

@@ -1,5 +1,8 @@
 """The parts of a run: every configuration has them, and what does not fit together is named early."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -105,3 +108,21 @@ def test_shares_of_a_batch_are_checked_with_the_rest(monkeypatch):
     monkeypatch.setattr("Gpt.run.experiment.world", lambda: 4)
     with pytest.raises(ConfigError, match=r"trainer\.slices=2 must be a multiple of the 4 processes"):
         experiment("trainer.slices=2", "device=cpu").check_trainable()
+
+
+@pytest.mark.parametrize(("minimize", "score"), [(True, 0.5), (False, -0.5)])
+def test_the_lowest_score_is_the_best_one_of_losses_and_of_returns(monkeypatch, minimize, score):
+    run = experiment(*TINY)
+    run.task = replace(run.task, minimize=minimize)
+    found = {"validation_loss": 0.5, "validation_alignment": 0.9}
+    monkeypatch.setattr(run, "judge", lambda generator: SimpleNamespace(score=lambda: found))
+    assert run.score(run.generator) == {"generated_loss": 0.5, "generated_alignment": 0.9, "score": score}
+
+
+def test_scales_are_read_off_training_runs_alone():
+    run = experiment(*TINY, "zoo.store=false", "zoo.runs=40", "zoo.snapshots=3", "zoo.recipe={epochs: 1}")
+    for split in ("validation", "test"):
+        rows = run.zoo.split(split)
+        run.zoo.replace(rows, run.zoo.run_ids[rows], torch.full((len(rows), 3, run.zoo.structure.size), 100.0), {})
+    run.fit()
+    assert run.generator.normalizer.shift.abs().max() < 1 and run.generator.normalizer.scale.max() < 1
