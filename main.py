@@ -1,10 +1,10 @@
 """Collect the zoo if it is missing, train a generator on it, evaluate it, write the report.
 
-    python main.py                                   the embedded default, configs/digits_loss.yaml
-    python main.py --config-name mnist_loss          another configuration; --help lists them
-    python main.py dry_run=true                      check everything, train nothing
-    python main.py test_only=true                    evaluate again from the trained generator
-    torchrun --nproc-per-node 2 main.py …            the same, spread over two processes
+python main.py                                   the embedded default, configs/digits_loss.yaml
+python main.py --config-name mnist_loss          another configuration; --help lists them
+python main.py dry_run=true                      check everything, train nothing
+python main.py test_only=true                    evaluate again from the trained generator
+torchrun --nproc-per-node 2 main.py …            the same, spread over two processes
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: safetensors and JSON, written atomically, never unpickled.
 
-    checkpoints/
-      latest.json        names the folders to use; replaced atomically, so a kill at any moment leaves a valid run
-      step-00000400/     model, ema and optimizer .safetensors, facts.json
-      best-00000200/     the EMA weights with the best validation score until then, and what that score was
+checkpoints/
+  latest.json        names the folders to use; replaced atomically, so a kill at any moment leaves a valid run
+  step-00000400/     model, ema and optimizer .safetensors, facts.json
+  best-00000200/     the EMA weights with the best validation score until then, and what that score was
 """
 
 import contextlib

@@ -53,7 +53,7 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
     @cache
     def network(device: torch.device) -> torch.nn.Module:
         example = behaviour.examples(1, torch.Generator(device))[0]
-        return prepared(with_shared_inputs(task.constructor()), example)[0]
+        return prepared(with_shared_inputs(task.template), example)[0]
 
     def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
         net = network(estimate.device)

@@ -15,6 +15,8 @@ from Gpt.evaluation.results import Novelty
 from Gpt.evaluation.statistics import bootstrap_interval, data_copying_z, overlap
 from Gpt.tasks import Task
 
+SPREAD_NETWORKS = 16  # 240 pairs to match
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -80,6 +82,15 @@ class Bank:
             distances = distances.masked_fill((own[:, None] == self.runs).to(distances.device), torch.inf)
         return distances.min(1)
 
+    def spread(self, weights: Float[Tensor, "n D"]) -> float | None:
+        """Mean L2 distance of two of the networks, the first `SPREAD_NETWORKS` of them, minimum over permutations of
+        hidden units; None of a single one."""
+        some = weights[:SPREAD_NETWORKS]
+        if len(some) < 2:
+            return None
+        distances = permutation_distance(some, some, self.task.structure)
+        return float(distances.sum() - distances.trace()) / (len(some) * (len(some) - 1))
+
     def overlap(
         self, weights: Float[Tensor, "n D"], own: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, " n"] | None:
@@ -102,12 +113,14 @@ class Measured:
         metric: on the test split.
         distance: to the nearest training network.
         overlap: largest one of wrong test examples with a training network's.
+        spread: of the networks among themselves, see `Bank.spread`; None where that is not measured.
     """
 
     kind: str
     metric: Float[Tensor, " n"]
     distance: Float[Tensor, " n"]
     overlap: Float[Tensor, " n"] | None = None
+    spread: float | None = None
 
 
 def novelty(
@@ -138,6 +151,7 @@ def novelty(
                 error_overlap=None if found.overlap is None else float(found.overlap.mean()),
                 copying_z=data_copying_z(found.distance, reference.distance),
                 novel_and_good=float((good & (found.distance >= unit)).float().mean()),
+                diversity=found.spread / reference.spread if found.spread is not None and reference.spread else None,
             )
         )
     return rows, bar

@@ -288,7 +288,7 @@ class PromptJudge(Judge):
         measured = {}
         for (name, weights), distance in zip(sets.items(), distances, strict=True):
             metric = test_population(task, weights, "test")[f"test_{task.metric}"]
-            measured[name] = Measured(kinds[name], metric, distance, bank.overlap(weights))
+            measured[name] = Measured(kinds[name], metric, distance, bank.overlap(weights), bank.spread(weights))
         return novelty(measured, measured[held_out], float(between.mean()), task.minimize, config.seed)
 
     def ordinary_training(self, paid: Costs) -> Row:

@@ -80,6 +80,8 @@ class Novelty:
         error_overlap: mean over networks of the largest IoU of wrongly classified examples with a training network.
         copying_z: data-copying score Z_U (Meehan et al. 2020); far below zero means copies.
         novel_and_good: share of networks that are novel (distance ratio at least 1) and above the metric bar.
+        diversity: mean distance between two of them over that between two trained networks that the generator has not
+            seen; 0 if all are one network. None where that is not measured.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Novelty:
     error_overlap: float | None
     copying_z: float
     novel_and_good: float
+    diversity: float | None = None
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class WholeJudge(Judge):
         row = Row(networks.name, networks.kind, intervals, note=networks.note, **networks.details)
         distance, _ = self.bank.nearest(networks.weights, networks.own)
         overlap = self.bank.overlap(networks.weights, networks.own)
-        return row, Measured(networks.kind, columns[main], distance.cpu(), overlap)
+        return row, Measured(networks.kind, columns[main], distance.cpu(), overlap, self.bank.spread(networks.weights))
 
     def notes(self) -> list[str]:
         found, trainings = [], costs.trainings(self.zoo)

@@ -182,6 +182,7 @@ def _novelty_row(results: Results, index: int) -> dict[str, Any]:
             "" if row.error_overlap is None else format_number(row.error_overlap, 3),
             format_number(row.copying_z, 3),
             f"{row.novel_and_good:.0%}",
+            "" if row.diversity is None else format_number(row.diversity, 3),
         ],
     }
 

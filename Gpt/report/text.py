@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from Gpt.evaluation.results import Interval, Results, Row
+from Gpt.evaluation.results import Interval, Novelty, Results, Row
 
 PERCENTAGES = ("error", "exact", "format", "content", "closed")
 
@@ -220,8 +220,15 @@ def _novelty_sentences(results: Results) -> list[str]:
     return [
         f"Its networks lie {ratio} times as far from the nearest training network as training networks lie from each "
         f"other, and {generated.novel_and_good:.0%} of them are both novel and good; "
-        f"data-copying score Z_U {format_number(generated.copying_z, 3)} (far below zero means copies)."
+        f"data-copying score Z_U {format_number(generated.copying_z, 3)} (far below zero means copies). "
+        f"{_diversity_sentence(generated)}".rstrip()
     ]
+
+
+def _diversity_sentence(generated: Novelty) -> str:
+    if generated.diversity is None:
+        return ""
+    return f"Among themselves they are {format_number(generated.diversity, 3)} times as far apart as trained networks."
 
 
 def _cost_sentences(results: Results) -> list[str]:

@@ -241,9 +241,8 @@ def _zoo(run: Rehearsal) -> str:
         raise ConfigError(f"generator.identities={identities} does not fit {split['train']} training runs")
     if run.stored_runs:  # opened as it is, without its views, for which there may be too few runs
         run.opened(min(run.stored_runs, settings.runs), align=False, split="run").zoo  # noqa: B018 - raises
-    return (
-        f"{settings.runs:,} runs x {len(run.iterations)} snapshots, {_size(run.runs_bytes(settings.runs))}; "
-        + (f"{run.stored_runs:,} runs are in {run.zoo_folder}" if settings.store else "kept in memory")
+    return f"{settings.runs:,} runs x {len(run.iterations)} snapshots, {_size(run.runs_bytes(settings.runs))}; " + (
+        f"{run.stored_runs:,} runs are in {run.zoo_folder}" if settings.store else "kept in memory"
     )
 
 

@@ -27,9 +27,7 @@ class HGRN2(Mixer):
     paper's learned, growing bounds start: lower layers look near, upper layers far.
     """
 
-    def __init__(
-        self, in_width: int, width: int, *, expand_ratio: int | None = None, lower_bound: float = 0.0
-    ) -> None:
+    def __init__(self, in_width: int, width: int, *, expand_ratio: int | None = None, lower_bound: float = 0.0) -> None:
         super().__init__(in_width, width)
         self.expand_ratio = min(128, width) if expand_ratio is None else expand_ratio
         if width % self.expand_ratio:

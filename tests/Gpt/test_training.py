@@ -233,9 +233,7 @@ def assert_close(folder: Path, expected_folder: Path) -> None:
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
-    losses = [
-        [line.get("train/loss") for line in read_metrics(f / "metrics.jsonl")] for f in (folder, expected_folder)
-    ]
+    losses = [[line.get("train/loss") for line in read_metrics(f / "metrics.jsonl")] for f in (folder, expected_folder)]
     assert losses[0] == pytest.approx(losses[1], nan_ok=True)
 
 

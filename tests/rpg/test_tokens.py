@@ -248,9 +248,7 @@ def test_networks_that_are_not_finite_are_refused(networks):
 
 
 def test_sinusoids_equal_the_formula():
-    expected = [
-        [f(p / 10000 ** (2 * i / 8)) for i in range(4) for f in (math.sin, math.cos)] for p in (0, 1, 37, 1000)
-    ]
+    expected = [[f(p / 10000 ** (2 * i / 8)) for i in range(4) for f in (math.sin, math.cos)] for p in (0, 1, 37, 1000)]
     torch.testing.assert_close(sinusoids(torch.tensor([0, 1, 37, 1000]), 8), torch.tensor(expected), rtol=0, atol=1e-4)
 
 

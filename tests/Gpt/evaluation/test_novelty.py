@@ -28,7 +28,7 @@ def rows(task, bank, **sets):
     measured = {}
     for name, weights in sets.items():
         metric, (distance, _) = measure(task, weights, "test")["test_loss"], bank.nearest(weights)
-        measured[name] = Measured(f"kind of {name}", metric, distance, bank.overlap(weights))
+        measured[name] = Measured(f"kind of {name}", metric, distance, bank.overlap(weights), bank.spread(weights))
     unit = bank.nearest(bank.weights[:20], bank.runs[:20])[0].mean()
     found, bar = novelty(measured, measured["held_out"], float(unit), task.minimize, seed=0)
     assert {row.name: row.kind for row in found} == {name: f"kind of {name}" for name in sets}
@@ -80,6 +80,17 @@ def test_copies_of_training_networks_that_are_copies_of_each_other_end_in_no_err
     sets = {"copies": Measured("generator", nothing, nothing), "others": Measured("baseline", nothing, nothing + 1)}
     (copies, others), _ = novelty(sets, sets["others"], unit=0.0, minimize=True, seed=0)
     assert copies.distance_ratio != copies.distance_ratio and others.distance_ratio == float("inf")
+
+
+def test_diversity_is_that_of_trained_networks_and_none_of_one_network_under_many_names(task, bank, held_out):
+    permutations = task.structure.random_permutations(20, torch.Generator().manual_seed(0))
+    one = held_out[:1].expand(20, -1).gather(1, task.structure.permutation_index(permutations))
+    half = held_out.mean(0) + (held_out - held_out.mean(0)) / 2
+    found, _ = rows(task, bank, one=one, half=half, single=held_out[:1], held_out=held_out)
+    assert found["held_out"].diversity == pytest.approx(1.0)
+    assert found["one"].diversity < 1e-5
+    assert found["single"].diversity is None
+    assert 0 < found["half"].diversity < 0.75
 
 
 def test_far_away_networks_are_novel_but_not_good(task, bank, held_out):

@@ -48,7 +48,13 @@ def synthetic_results() -> Results:
     ]
     table = [
         Row(
-            name, kind, {"test_loss": interval(loss), "test_error": interval(error, 0.4)}, updates, 0.0123, 3.4e9, note,
+            name,
+            kind,
+            {"test_loss": interval(loss), "test_error": interval(error, 0.4)},
+            updates,
+            0.0123,
+            3.4e9,
+            note,
             run="other" if "(other)" in name else "",
         )
         for name, kind, loss, error, updates, note in rows
@@ -87,7 +93,17 @@ def synthetic_results() -> Results:
         ],
         training_curves=[decaying_trace("ordinary training", "reference", [0.0, 1.0, 10.0, 1120.0], 2.3, 0.142, 0.01)],
         novelty=[
-            Novelty(name, kind, interval(metric), 7.1 * ratio, ratio, overlap, -18.5 if ratio < 0.5 else 0.8, good)
+            Novelty(
+                name,
+                kind,
+                interval(metric),
+                7.1 * ratio,
+                ratio,
+                overlap,
+                -18.5 if ratio < 0.5 else 0.8,
+                good,
+                1.1 * ratio,
+            )
             for name, kind, metric, ratio, overlap, good in sets
         ],
         costs=Costs(20.3, 200.0, 0.0123, 0.31, 8.1e13, 3.2e15, 3.4e9, 1.1e9, 739.8),

@@ -122,6 +122,7 @@ def test_a_wandb_that_fails_costs_one_warning(tmp_path, monkeypatch, caplog, syn
     if broken == "import":
         monkeypatch.setitem(sys.modules, "wandb", None)
     else:
+
         def refuse(**settings):
             raise wandb.errors.CommError("no network")
 
