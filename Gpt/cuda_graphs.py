@@ -128,12 +128,13 @@ def _record(
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    start = [] if batch.start is None else [batch.start]
-    return [batch.target, *start, *batch.prompt.values()]
+    optional = [tensor for tensor in (batch.start, batch.masks) if tensor is not None]
+    return [batch.target, *optional, *batch.prompt.values()]
 
 
 def _with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
     """The batch with other tensors in place of `_tensors(batch)`."""
     rest = iter(tensors)
-    target, start = next(rest), None if batch.start is None else next(rest)
-    return Batch(target, start, dict(zip(batch.prompt, rest, strict=True)), batch.progress)
+    target = next(rest)
+    start, masks = (None if tensor is None else next(rest) for tensor in (batch.start, batch.masks))
+    return Batch(target, start, dict(zip(batch.prompt, rest, strict=True)), batch.progress, masks)

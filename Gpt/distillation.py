@@ -20,7 +20,7 @@ from torch.func import functional_call, vmap
 from Gpt.behaviour import Behaviour, prediction_divergence, prediction_loss
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Distillation
-from Gpt.masks import MaskSplit, label_map
+from Gpt.masks import label_map
 from Gpt.population.functional import prepared
 from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SupervisedRecipe
@@ -66,7 +66,7 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
         terms = behaviour.divergence(found, wanted)
         if config.loss_weight:
             assert behaviour.loss is not None
-            known = [_of_each_network(task, batch, each) for each in known]
+            known = [_of_each_network(batch, each) for each in known]
             gap = behaviour.loss(found, *known) - behaviour.loss(wanted, *known)
             terms = terms + config.loss_weight * gap.abs()
         return config.weight * terms.mean()
@@ -101,13 +101,6 @@ def _predictions(task: Task) -> Behaviour | None:
     return Behaviour(training_examples, prediction_divergence, prediction_loss)
 
 
-def _of_each_network(task: Task, batch: Batch, labels: Int[Tensor, " N"]) -> Int[Tensor, "#B N"]:
-    """The labels that each network was trained on: those of its class mask in a family."""
-    if not isinstance(task.family, MaskSplit):
-        return labels[None]
-    if "class_mask" not in batch.prompt:
-        raise ConfigError(
-            f"distillation.loss_weight needs the class masks of task {task.name!r} to know the right answers; use "
-            "condition=class_mask (or one that names it besides others), or set distillation.loss_weight=0"
-        )
-    return label_map(batch.prompt["class_mask"] > 0.5)[:, labels]
+def _of_each_network(batch: Batch, labels: Int[Tensor, " N"]) -> Int[Tensor, "#B N"]:
+    """The labels that each network was trained on: those of its class mask, if it has one."""
+    return labels[None] if batch.masks is None else label_map(batch.masks > 0.5)[:, labels]

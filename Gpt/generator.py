@@ -31,12 +31,15 @@ class Batch:
         start: `[B, D]` weights to start from (G.pt), or None (RPG).
         prompt: what describes the target, see `Gpt.conditions` for names and shapes.
         progress: share of the training steps that are done, for losses that change on the way.
+        masks: `[B, classes]`, 0 or 1, the class mask that each target was trained on, whatever the prompt says of it;
+            None for networks of one task.
     """
 
     target: Float[Tensor, "B D"]
     start: Float[Tensor, "B D"] | None = None
     prompt: Prompt = field(default_factory=dict)
     progress: float = 1.0
+    masks: Float[Tensor, "B classes"] | None = None
 
 
 Distillation = Callable[[Batch, Tensor, torch.Generator], Tensor]

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
@@ -67,3 +68,10 @@ def compiler():
         yield
     jaxtyping.config.update("jaxtyping_disable", False)
     torch.compiler.reset()
+
+
+@pytest.fixture
+def graph_compiler(compiler, monkeypatch):
+    """As `compiler`, for networks of many layers: their graphs are captured and differentiated as for a GPU, but not
+    turned into C++, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -67,13 +67,12 @@ class BatchSampler:
         self.rows = zoo.split(split)
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
         self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
-        self.masks = _masks_of_rows(zoo, task) if "class_mask" in conditions else None
+        self.masks = _masks_of_rows(zoo, task, conditions)
         self.sentences = None
-        if "text" in conditions:
-            masks = _masks_of_rows(zoo, task, "text")[self.rows] > 0.5
+        if "text" in conditions and self.masks is not None:
             if descriptions is None:
                 raise ConfigError("condition text: there are no sentences about the class masks; give `descriptions`")
-            self.sentences = descriptions(masks, split).to(zoo.device)
+            self.sentences = descriptions(self.masks[self.rows] > 0.5, split).to(zoo.device)
         self.identities = identities
         runs = len(self.rows)
         if identities and split == "train" and runs != identities:
@@ -94,7 +93,8 @@ class BatchSampler:
             prompt["text"] = self.sentences[chosen, which]
         if self.identities:
             prompt["identity"] = chosen % self.identities
-        return Batch(weights[0], weights[1] if self.with_start else None, prompt)
+        masks = None if self.masks is None else self.masks[rows]
+        return Batch(weights[0], weights[1] if self.with_start else None, prompt, masks=masks)
 
     def _pairs(self, count: int, rng: torch.Generator) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Snapshot indices (start, target) with start < target."""
@@ -113,7 +113,7 @@ class BatchSampler:
             wanted = self.metric[rows, target]
             given = self.metric[rows, start] if start is not None else torch.full_like(wanted, torch.nan)
             prompt["target_metric"] = torch.stack([given, wanted], dim=1)
-        if self.masks is not None:
+        if self.masks is not None and "class_mask" in self.conditions:
             prompt["class_mask"] = self.masks[rows]
         return prompt
 
@@ -122,11 +122,14 @@ def _uniform(count: int, rng: torch.Generator) -> Float[Tensor, " count"]:
     return torch.rand(count, generator=rng, device=rng.device)
 
 
-def _masks_of_rows(zoo: Zoo, task: Task, condition: str = "class_mask") -> Float[Tensor, "runs classes"]:
-    """The mask that each run was trained on."""
-    if not isinstance(task.family, MaskSplit):
-        raise ConfigError(
-            f"condition {condition}: task {task.name!r} has no masks; choose a task with the key 'family', such as "
-            "digits_mask, or another condition"
-        )
-    return task.family.mask_of_runs(zoo.run_ids).float()
+def _masks_of_rows(zoo: Zoo, task: Task, conditions: tuple[str, ...]) -> Float[Tensor, "runs classes"] | None:
+    """The mask that each run was trained on; None where there are none, and none are asked for."""
+    if isinstance(task.family, MaskSplit):
+        return task.family.mask_of_runs(zoo.run_ids).float()
+    for condition in ("class_mask", "text"):
+        if condition in conditions:
+            raise ConfigError(
+                f"condition {condition}: task {task.name!r} has no masks; choose a task with the key 'family', such as "
+                "digits_mask, or another condition"
+            )
+    return None

@@ -109,14 +109,17 @@ def test_gradients_and_counters_see_the_function_itself():
     assert counter.get_total_flops() == 12
 
 
+@pytest.mark.parametrize("with_masks", [True, False])
 @pytest.mark.parametrize("with_start", [True, False])
-def test_the_gradient_is_that_of_the_loss_with_the_same_draws(device, with_start, monkeypatch):
+def test_the_gradient_is_that_of_the_loss_with_the_same_draws(device, with_start, with_masks, monkeypatch):
     net = layer(device)
     monkeypatch.setattr(StandIn, "parameters", [*net.parameters()])
     unused = nn.Parameter(torch.zeros(1, device=device))
 
     def loss(batch, rng):
         x = batch.target if batch.start is None else batch.target + batch.start
+        if batch.masks is not None:
+            x = x * batch.masks
         noise = torch.randn(x.shape, generator=rng, device=x.device)
         return (net(x + noise) * batch.prompt["mask"]).square().mean()
 
@@ -125,6 +128,7 @@ def test_the_gradient_is_that_of_the_loss_with_the_same_draws(device, with_start
         draw = rng(device, 0, "batch", step)
         target, start = (torch.randn(4, 3, generator=draw, device=device) for _ in range(2))
         batch = Batch(target, start if with_start else None, {"mask": torch.rand(4, 2, generator=draw, device=device)})
+        batch.masks = torch.rand(4, 3, generator=draw, device=device) if with_masks else None
         again = torch.Generator(device)
         again.set_state(draw.get_state())
         value = graphed(batch, draw).clone()

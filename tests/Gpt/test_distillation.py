@@ -139,17 +139,15 @@ def test_networks_of_class_masks_have_the_losses_of_their_own_labels():
     networks = 3 * stack_initial(task.constructor, task.structure, [1, 2])
     mask = torch.tensor([[1.0, 0, 1, 0, 1, 0, 1, 0, 1, 0]] * 2)
     term = distillation(task, DistillationConfig(weight=1.0, loss_weight=1.0, examples=50))
-    loss = term(Batch(networks[:1], None, {"class_mask": mask[:1]}), networks[1:], rng("cpu", 0))
+    loss = term(Batch(networks[:1], masks=mask[:1]), networks[1:], rng("cpu", 0))
     parts = task.structure.unflatten(networks)
     exchanged = {name: part.flip(1) if name.startswith("fc2") else part for name, part in parts.items()}
     exchanged = task.structure.flatten({name: exchanged[name] for name in parts})
     assert not torch.equal(exchanged, networks)
-    complement = term(Batch(exchanged[:1], None, {"class_mask": 1 - mask[:1]}), exchanged[1:], rng("cpu", 0))
+    complement = term(Batch(exchanged[:1], masks=1 - mask[:1]), exchanged[1:], rng("cpu", 0))
     torch.testing.assert_close(complement, loss)
-    other = term(Batch(exchanged[:1], None, {"class_mask": mask[:1]}), exchanged[1:], rng("cpu", 0))
+    other = term(Batch(exchanged[:1], masks=mask[:1]), exchanged[1:], rng("cpu", 0))
     assert abs(other - loss) > 1e-3
-    with pytest.raises(ConfigError, match="needs the class masks of task 'digits_mask'"):
-        term(Batch(networks[:1]), networks[1:], rng("cpu", 0))
 
 
 def test_losses_that_nobody_knows_are_refused():

@@ -107,7 +107,7 @@ def test_the_denoiser_layer_by_layer(channels):
     torch.testing.assert_close(model(x, t, prototypes), expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_compiled_denoiser_gives_the_same_noise_gradients_and_statistics(compiler):
+def test_the_compiled_denoiser_gives_the_same_noise_gradients_and_statistics(graph_compiler):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         eager = TokenDenoiser(token_size=16, width=8, channels=(1, 2, 3, 2, 1))

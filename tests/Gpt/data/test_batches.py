@@ -136,6 +136,14 @@ def test_the_prompt_of_a_family_is_the_mask_of_the_run(task, zoo):
     assert len(run.unique()) == RUNS - 5
 
 
+def test_the_masks_are_known_to_training_whatever_the_prompt_says(task, zoo):
+    family = MaskSplit(held_out=2, validation=1)
+    batch = sampler(zoo, replace(task, family=family), conditions=(), with_start=False)(500, rng("cpu", 0))
+    assert batch.prompt == {}
+    assert torch.equal(batch.masks > 0.5, family.mask_of_runs(decoded(batch.target)[0]))
+    assert sampler(zoo, task)(4, rng("cpu", 0)).masks is None
+
+
 def test_a_single_task_has_no_masks_to_prompt_with(zoo, task):
     for condition in ("class_mask", "text"):
         with pytest.raises(ConfigError, match=f"{condition}: task 'numbered' has no masks.*'family'"):

@@ -212,7 +212,7 @@ def test_sampling_needs_a_start(fitted):
         fitted.sample(WISH)
 
 
-def test_compiled_blocks_give_the_same_loss_and_gradient(fitted, compiler):
+def test_compiled_blocks_give_the_same_loss_and_gradient(fitted, graph_compiler):
     def loss_and_gradients(generator):
         loss = generator.loss(batch(8), rng("cpu", 3))
         return loss, torch.autograd.grad(loss, [*generator.parameters()])
