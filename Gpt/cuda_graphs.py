@@ -54,7 +54,7 @@ class Graphed:
             own = [x.clone() for x in inputs]
             # Cached casts of the weights would lie outside the graph's memory.
             with torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
-                graph, output = _record(lambda: self._function(*own), device)
+                graph, output = record(lambda: self._function(*own), device)
             self._recorded[kind] = graph, own, output
         graph, own, output = self._recorded[kind]
         torch._foreach_copy_(own, list(inputs))
@@ -87,7 +87,7 @@ class GraphedGradient:
         if self._graph is None:
             self._own = [x.clone() for x in tensors]
             own = _with_tensors(batch, self._own)
-            self._graph, self._value = _record(lambda: self._differentiate(own), self._rng.device, self._rng)
+            self._graph, self._value = record(lambda: self._differentiate(own), self._rng.device, self._rng)
             self._gradients = [p.grad for p in self._parameters]
         torch._foreach_copy_(self._own, tensors)
         self._rng.set_state(rng.get_state())
@@ -108,10 +108,13 @@ def _recordable(x: Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
 
 
-def _record(
+def record(
     work: Callable[[], Result], device: torch.device, rng: torch.Generator | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of some work, which does nothing before it is replayed, and the tensors that replays write."""
+    """A graph of some work, which does nothing before it is replayed, and the tensors that replays write.
+
+    Other threads may go on using the device meanwhile, as those that collect a zoo in the background do.
+    """
     graph = torch.cuda.CUDAGraph()
     if rng is not None:
         graph.register_generator_state(rng)
@@ -122,7 +125,7 @@ def _record(
             for _ in range(WARM_UPS):
                 work()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = work()
     return graph, result
 

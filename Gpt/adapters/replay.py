@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from Gpt.adapters.answers import Answers, answer_loss
 from Gpt.adapters.base import BaseModel
 from Gpt.adapters.spec import AdapterSpec
-
-WARM_UPS = 2  # the libraries' workspaces first, then a run as it will be recorded
+from Gpt.cuda_graphs import record
 
 
 class AnswerLoss:
@@ -70,7 +69,7 @@ class _Recorded:
 
         # Autocast would keep casts outside of the graph's memory; the language model has a precision of its own.
         with torch.autocast(weights.device.type, enabled=False):
-            self._graph, (self._losses, self._gradient) = _record(differentiate, weights.device)
+            self._graph, (self._losses, self._gradient) = record(differentiate, weights.device)
 
     def __call__(self, inputs: list[Tensor]) -> Float[Tensor, " P"]:
         with torch.no_grad():
@@ -95,20 +94,3 @@ class _KnownGradient(torch.autograd.Function):
 
 def _recordable(weights: Tensor) -> bool:
     return weights.is_cuda and weights.requires_grad and torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
-
-
-def _record(
-    work: Callable[[], tuple[Tensor, Tensor]], device: torch.device
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-    """A graph of some work, and the tensors that it writes; other threads may go on using the device meanwhile."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            found = work()
-    return graph, found

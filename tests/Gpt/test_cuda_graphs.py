@@ -49,7 +49,7 @@ def device(request, monkeypatch):
         graph = StandIn(work)
         return graph, graph.result
 
-    monkeypatch.setattr(cuda_graphs, "_record", record)
+    monkeypatch.setattr(cuda_graphs, "record", record)
     monkeypatch.setattr(cuda_graphs, "_recordable", lambda x: not torch.is_grad_enabled())
     return torch.device("cpu")
 

@@ -46,7 +46,7 @@ def stand_in(monkeypatch):
         return made[-1], made[-1].results
 
     monkeypatch.setattr(replay, "_recordable", lambda weights: weights.requires_grad)
-    monkeypatch.setattr(replay, "_record", record)
+    monkeypatch.setattr(replay, "record", record)
     return made
 
 
@@ -89,7 +89,7 @@ def test_where_it_cannot_be_recorded_it_says_so_once_and_goes_on(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "_recordable", lambda weights: weights.requires_grad)
-    monkeypatch.setattr(replay, "_record", refuse)
+    monkeypatch.setattr(replay, "record", refuse)
     base, loss = load_base("tiny"), AnswerLoss(load_base("tiny"), SPEC)
     weights, batch = adapters(base), examples(base)[:, :4]
     with pytest.warns(UserWarning, match="learn slower.*is capturing"):
