@@ -65,6 +65,7 @@ class Generator(nn.Module):
 
     Attributes:
         needs_start: whether it updates given networks instead of writing them from noise.
+        augment: whether training must rename hidden units at random, because the network is not equivariant by itself.
         distils: whether `loss` can include a distillation term; then `distillation` may be set.
         mixed_precision: sample under bfloat16 autocast, as trained.
         graphs: replay `loss` and the steps of sampling as CUDA graphs (`Gpt.cuda_graphs`); `compile_networks` sets it
@@ -79,6 +80,7 @@ class Generator(nn.Module):
 
     needs_start: bool
     distils: bool = False
+    augment: bool = False
     distillation: Distillation | None = None
     mixed_precision: bool = False
     graphs: bool = False
@@ -92,11 +94,6 @@ class Generator(nn.Module):
         # Set here and not in the class, where they would hide the modules that subclasses register.
         self.conditions: Any = None
         self.identities: nn.Embedding | None = None
-
-    @property
-    def augment(self) -> bool:
-        """Whether training must rename hidden units at random, because the network is not equivariant by itself."""
-        return False
 
     @property
     def noise_shape(self) -> tuple[int, ...]:

@@ -1,113 +1,148 @@
-"""Neuron tokens: one token per hidden unit, holding every weight that touches it.
+"""Neuron tokens: one token per hidden unit, holding every weight that touches it alone.
 
 A unit of the MLP 784-10-10 becomes its 784 incoming weights, its bias and its 10 outgoing weights; what belongs to no
-unit (the output bias) is one more token: 11 tokens instead of 26. Renaming hidden units only reorders such tokens.
-Where every tensor has at most one permuted axis, a transformer without positional code is therefore exactly equivariant
-and needs no augmentation. A tensor between two hidden layers appears in the tokens of both its ends, ordered by the
-index of the other end; then unit positions must be embedded and the permutations drawn as augmentation (`entangled`
-says which case it is).
+unit (the output bias) is one more token: 11 tokens instead of 26. Renaming hidden units only reorders such tokens. A
+weight between two hidden layers belongs to two units; those are joints, with a row for each unit of the one layer and a
+column for each of the other.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from Gpt.errors import StructureError
-from Gpt.structure import Structure
+from Gpt.structure import Structure, TensorSpec
+
+Tokens = list[Float[Tensor, "B _ _"]]
+Joints = list[Float[Tensor, "B _ _ _"]]
 
 
-class NeuronTokens(nn.Module):
-    """Flat rows `[B, D]` <-> one `[B, units, entries]` block per token type.
+class Joint(NamedTuple):
+    """A tensor between two hidden layers: the types of its units, how many there are, and weights for each pair."""
 
-    Each symmetry group is a type; what touches no unit is the only token of one more type, the last.
+    types: tuple[int, int]
+    units: tuple[int, int]
+    entries: int
+
+
+class Graph(nn.Module):
+    """Flat rows `[B, D]` <-> tokens `[B, count, entries]` of one or more types and joints between their tokens.
 
     Attributes:
-        shapes: `(units, entries)` of each type, in the order of the structure's groups.
-        entangled: True when a tensor joins two hidden layers.
-
-    Raises:
-        StructureError: the structure has no symmetry, so there are no hidden units to make tokens of.
+        shapes: `(count, entries)` of each type of token.
+        joints: see `Joint`.
     """
 
-    weight: Tensor
-    first: Tensor
-    last: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    joints: tuple[Joint, ...] = ()
+
+    def encode(self, flat: Float[Tensor, "B D"]) -> tuple[Tokens, Joints]:
+        """One block for each type of token and one for each joint."""
+        raise TypeError(f"{type(self).__name__} does not define encode")
+
+    def decode(self, tokens: Tokens, joints: Joints) -> Float[Tensor, "B D"]:
+        """Put entries back in place."""
+        raise TypeError(f"{type(self).__name__} does not define decode")
+
+
+class NeuronGraph(Graph):
+    """Flat rows `[B, D]` <-> one block `[B, units, entries]` per token type and one `[B, units, units, entries]` per
+    joint.
+
+    Tokens hold what touches one unit alone; a tensor between two hidden layers is a joint, with the weights of each
+    pair of units as its last axis (nine of a 3x3 convolution). Every weight has one place, and renaming hidden units
+    reorders tokens, rows and columns and nothing else, at any depth.
+
+    Attributes:
+        shapes: `(units, entries)` of each token type, in the order of the structure's groups; what touches no unit is
+            the only token of one more type, the last.
+        joints: in the order of the structure's tensors.
+
+    Raises:
+        StructureError: the structure has no symmetry, or a tensor between three hidden layers.
+    """
+
+    place: Tensor
+    order: Tensor
 
     def __init__(self, structure: Structure):
         super().__init__()
         if not structure.groups:
-            raise StructureError(
-                "neuron tokens need the hidden-unit symmetry of the network; give the task a `symmetry` key, "
-                "or choose a generator that does without (generator=gpt_paper_mnist, or generator=rpg "
-                "generator.policy=within_layer)"
-            )
-        blocks = [_unit_entries(structure, group, units) for group, units in structure.groups.items()]
-        touched = torch.cat([block.flatten() for block in blocks])
-        rest = torch.ones(structure.size, dtype=torch.bool)
-        rest[touched] = False
-        if rest.any():
-            blocks.append(rest.nonzero().T)
+            raise StructureError(_NO_UNITS)
+        types = {group: i for i, group in enumerate(structure.groups)}
+        alone: list[list[Tensor]] = [[] for _ in types]
+        rest, joined, joints = [], [], []
+        for t in structure.tensors:
+            position, ends = _units_first(structure, t)
+            if not ends:
+                rest.append(position.flatten())
+            elif len(ends) == 1:
+                alone[types[ends[0]]].append(position)
+            else:
+                outputs, inputs, entries = position.shape
+                joints.append(Joint((types[ends[0]], types[ends[1]]), (outputs, inputs), entries))
+                joined.append(position)
+        units = zip(structure.groups.values(), alone, strict=True)
+        blocks = [torch.cat([torch.empty(count, 0, dtype=torch.long), *parts], dim=1) for count, parts in units]
+        if rest:
+            blocks.append(torch.cat(rest)[None])
         self.shapes = tuple((block.shape[0], block.shape[1]) for block in blocks)
-        self.entangled = len(touched) + int(rest.sum()) > structure.size
-        for i, block in enumerate(blocks):
-            self.register_buffer(f"index_{i}", block, persistent=False)
-        slots = torch.cat([block.flatten() for block in blocks])
-        order = slots.argsort(stable=True)
-        counts = slots.bincount(minlength=structure.size)
-        first = counts.cumsum(0) - counts
-        self.register_buffer("weight", slots, persistent=False)
-        self.register_buffer("first", order[first], persistent=False)
-        self.register_buffer("last", order[first + counts - 1], persistent=False)
+        self.joints = tuple(joints)
+        self._sizes = [block.numel() for block in (*blocks, *joined)]
+        place = torch.cat([block.flatten() for block in (*blocks, *joined)])
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("order", place.argsort(), persistent=False)
 
-    @property
-    def count(self) -> int:
-        """Number of tokens."""
-        return sum(units for units, _ in self.shapes)
+    def encode(self, flat: Float[Tensor, "B D"]) -> tuple[Tokens, Joints]:
+        parts = _Gather.apply(flat, self.place, self.order).split(self._sizes, dim=1)
+        tokens = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=False)]
+        joined = parts[len(self.shapes) :]
+        return tokens, [part.unflatten(1, (*j.units, j.entries)) for part, j in zip(joined, self.joints, strict=True)]
 
-    def encode(self, flat: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
-        """Gather the entries of every token."""
-        return [flat[:, getattr(self, f"index_{i}")] for i in range(len(self.shapes))]
+    def decode(self, tokens: Tokens, joints: Joints) -> Float[Tensor, "B D"]:
+        slots = torch.cat([block.flatten(1) for block in (*tokens, *joints)], dim=1)
+        return _Gather.apply(slots, self.order, self.place)
 
-    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
-        """Put entries back in place; a weight that two tokens hold becomes their mean."""
-        slots = torch.cat([block.flatten(1) for block in blocks], dim=1)
-        flat = _Gather.apply(slots, self.first, self.weight)
-        if not self.entangled:
-            return flat
-        return (flat + _Gather.apply(slots, self.last, self.weight)) / 2
+    def without_order(self, flat: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Every weight replaced by the mean of those that a renaming could put in its place."""
+        tokens, joints = self.encode(flat)
+        tokens = [block.mean(1, keepdim=True).expand_as(block) for block in tokens]
+        return self.decode(tokens, [block.mean((1, 2), keepdim=True).expand_as(block) for block in joints])
 
 
 class _Gather(torch.autograd.Function):
-    """`slots[:, choice]`, where `choice[w]` is one of the slots s with `weight[s] == w`.
+    """`rows[:, order]` of a permutation, whose gradient is a gather too.
 
-    Its gradient is a gather too. The one that torch would take adds into places that could be the same, for which it
-    sorts all indices; on a GPU that took longer than the rest of a training step.
+    The one that torch would take adds into places that could be the same, for which it sorts all indices; on a GPU that
+    took longer than the rest of a training step.
     """
 
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(choice, weight)
-        return slots.index_select(1, choice)
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(1, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        choice, weight = ctx.saved_tensors
-        chosen = choice.index_select(0, weight) == torch.arange(len(weight), device=weight.device)
-        return gradient.index_select(1, weight) * chosen, None, None
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
 
 
-def _unit_entries(structure: Structure, group: str, units: int) -> Int[Tensor, "units entries"]:
-    """Flat positions of every weight that touches each unit of a group, in the same order for every unit."""
-    parts = []
-    for t in structure.tensors:
-        position = torch.arange(t.offset, t.slice.stop).reshape(t.shape)
-        axes = [axis for axis, name in enumerate(t.groups) if name == group]
-        if len(axes) > 1:
-            raise StructureError(
-                f"{t.name!r} has the symmetry group {group!r} on two axes, which neuron tokens cannot hold"
-            )
-        if axes:
-            parts.append(position.movedim(axes[0], 0).reshape(units, -1))
-    return torch.cat(parts, dim=1)
+def _units_first(structure: Structure, tensor: TensorSpec) -> tuple[Int[Tensor, "..."], list[str]]:
+    """Flat positions of a tensor's entries, `[units of each permuted axis, entries]`, and the groups of those axes."""
+    ends = [(axis, group) for axis, group in enumerate(tensor.groups) if group is not None]
+    if len(ends) > 2:
+        raise StructureError(f"{tensor.name!r} joins three hidden layers, {[group for _, group in ends]}; at most two")
+    position = torch.arange(tensor.offset, tensor.slice.stop).reshape(tensor.shape)
+    for moved, (axis, group) in enumerate(reversed(ends)):
+        # An axis may be a multiple of its group: a block of entries for each unit.
+        position = position.unflatten(axis + moved, (structure.groups[group], -1)).movedim(axis + moved, 0)
+    return position.reshape(*position.shape[: len(ends)], -1), [group for _, group in ends]
+
+
+_NO_UNITS = (
+    "neuron tokens need the hidden-unit symmetry of the network; give the task a `symmetry` key, or choose a generator "
+    "that does without (generator=gpt_paper_mnist, or generator=rpg generator.policy=within_layer)"
+)

@@ -24,9 +24,10 @@ from Gpt.diffusion.objectives import Objective
 from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
+from Gpt.models.graph_transformer import GraphTransformer
 from Gpt.models.transformer import compile_blocks, hidden_matrices
 from Gpt.structure import Structure
-from rpg.denoiser import Denoiser, Prototypes
+from rpg.prototypes import Prototypes
 from rpg.tokens import Latents, Layout
 
 IDENTITY = "identity"
@@ -41,6 +42,7 @@ class RpgConfig:
             "aligned_neuron" where networks share an initialisation or the zoo is aligned.
         position: code of a token's place: layer_chunk, index or learned.
         width, depth, heads: of the denoiser, a transformer; prototypes have the same width.
+        channels: of each weight between two hidden layers, where tokens are neurons.
         backbone, backbone_depth, rank: what writes prototypes, see `rpg.backbones`, and the rank of its token table.
             "none" is a gated MLP: as tokens meet in the denoiser, a sequence model has not been worth its time.
         identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt
@@ -55,6 +57,7 @@ class RpgConfig:
     width: int = 192
     depth: int = 4
     heads: int = 6
+    channels: int = 32
     backbone: str = "none"
     backbone_depth: int = 2
     rank: int = 32
@@ -87,12 +90,12 @@ class Rpg(Generator):
             raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
         super().__init__(structure, objective, config.sampler, config.steps)
         self.config, self.conditions = config, conditions
-        self.latents = Latents(structure)
-        layout = Layout(structure, config.policy, config.token_size)
+        self.layout = Layout(structure, config.policy, config.token_size)
+        self.latents = Latents(structure, shared=self.layout.shared)
         self.prototypes = Prototypes(
-            layout, config.position, config.width, config.rank, config.backbone, config.backbone_depth
+            self.layout, config.position, config.width, config.rank, config.backbone, config.backbone_depth
         )
-        self.denoiser = Denoiser(layout, config.width, config.depth, config.heads)
+        self.denoiser = GraphTransformer(self.layout.graph, config.width, config.depth, config.heads, config.channels)
         self.identities = nn.Embedding(config.identities, config.width) if config.identities else None
 
     def fit(self, batch: Batch) -> None:
@@ -168,11 +171,11 @@ class Rpg(Generator):
         return request if self.identities is None else request + self.identities(identity)
 
     def _network(self, request: Float[Tensor, "B width"]) -> Callable[[Tensor, Tensor], Tensor]:
-        prototypes = self.prototypes(request)
+        prototypes, anchor = self.prototypes(request)[:, self.layout.place], self.latents.anchor[None]
 
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             alpha, sigma = self.objective.alpha_sigma(t)
-            return self.denoiser(z_t, self.latents.anchor, prototypes, request, alpha, sigma)
+            return self.denoiser(z_t, anchor, request, alpha, sigma, codes=prototypes)
 
         return network
 

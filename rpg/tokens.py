@@ -9,12 +9,12 @@ arXiv 2501.11587, section 3.1) and the neuron tokens of `Gpt.neurons`:
     flat            pieces of `token_size` entries of everything in a row
     within_layer    the same, begun afresh at every tensor
     by_channel      whole output channels, as many as fit; a channel that does not fit is cut by its own first axis
-    neuron          every weight that touches one hidden unit, in no order
+    neuron          every weight that touches one hidden unit alone, in no order, and those between two in a joint
     aligned_neuron  the same, where unit i plays one part in all networks (one initialisation, or an aligned zoo)
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from Gpt.errors import ConfigError, StructureError
-from Gpt.neurons import NeuronTokens
+from Gpt.neurons import Graph, Joints, NeuronGraph, Tokens
 from Gpt.structure import Structure
 from Gpt.tokens import Tokenization, split_sizes
 
@@ -70,13 +70,14 @@ def token_coordinates(structure: Structure, sizes: Sequence[int]) -> Int[Tensor,
 
 
 class Layout(nn.Module):
-    """Latents `[B, D]` <-> one `[B, tokens, entries]` block per kind of token, for every policy.
+    """Where the tokens of every policy stand.
 
     Attributes:
-        shapes: `(tokens, entries)` of each block. A cut has one block; neuron tokens have one per hidden layer.
+        graph: latents `[B, D]` <-> tokens and joints. A cut is a graph with one type of token and without joints.
         coordinates: Int `[P, 2]`, (layer, chunk) of each place. Interchangeable tokens share a place: with policy
-            "neuron", the units of a layer do, unless a tensor joins two hidden layers and so numbers them.
+            "neuron", the units of a layer do.
         place: Int `[T]`, the place of each token.
+        shared: what `Latents` takes: None where every weight has a place of its own.
 
     Raises:
         ConfigError, StructureError: the policy or the token size does not exist, or does not fit the structure.
@@ -89,47 +90,43 @@ class Layout(nn.Module):
         super().__init__()
         if policy not in POLICIES:
             raise ConfigError(f"generator.policy={policy!r} does not exist; choose one of {', '.join(POLICIES)}")
+        self.shared: Callable[[Tensor], Tensor] | None = None
         if policy not in CUTS:
-            self.tokens: NeuronTokens | OneBlock = NeuronTokens(structure)
-            coordinates, place = _unit_places(self.tokens, self.tokens.entangled or policy == "aligned_neuron")
+            graph = NeuronGraph(structure)
+            self.graph: Graph = graph
+            self.shared = graph.without_order if policy == "neuron" else None
+            coordinates, place = _unit_places(graph, policy == "aligned_neuron")
         else:
-            self.tokens = OneBlock(cut(structure, policy, token_size))
+            self.graph = CutGraph(cut(structure, policy, token_size))
             coordinates = token_coordinates(structure, token_sizes(structure, policy, token_size))
             place = torch.arange(len(coordinates))
-        self.shapes = self.tokens.shapes
         self.register_buffer("coordinates", coordinates, persistent=False)
         self.register_buffer("place", place, persistent=False)
 
-    def encode(self, latents: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
-        return self.tokens.encode(latents)
 
-    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
-        return self.tokens.decode(blocks)
-
-
-class OneBlock(nn.Module):
-    """A cut behind the interface of `NeuronTokens`: one block of tokens, all of one padded size."""
+class CutGraph(Graph):
+    """A cut: tokens of one type, all of one padded size, and no joints."""
 
     def __init__(self, tokens: Tokenization):
         super().__init__()
         self.tokens = tokens
         self.shapes = ((len(tokens), tokens.width),)
 
-    def encode(self, latents: Float[Tensor, "B D"]) -> list[Float[Tensor, "B _ _"]]:
-        return [self.tokens.encode(latents)]
+    def encode(self, flat: Float[Tensor, "B D"]) -> tuple[Tokens, Joints]:
+        return [self.tokens.encode(flat)], []
 
-    def decode(self, blocks: list[Float[Tensor, "B _ _"]]) -> Float[Tensor, "B D"]:
-        return self.tokens.decode(blocks[0])
+    def decode(self, tokens: Tokens, joints: Joints) -> Float[Tensor, "B D"]:
+        return self.tokens.decode(tokens[0])
 
 
-def _unit_places(tokens: NeuronTokens, ordered: bool) -> tuple[Int[Tensor, "P 2"], Int[Tensor, " T"]]:
+def _unit_places(graph: NeuronGraph, ordered: bool) -> tuple[Int[Tensor, "P 2"], Int[Tensor, " T"]]:
     """Coordinates of the places, and the place of each token: one per unit, or one per hidden layer."""
-    layers = torch.arange(len(tokens.shapes))
-    units = torch.tensor([n for n, _ in tokens.shapes])
+    layers = torch.arange(len(graph.shapes))
+    units = torch.tensor([n for n, _ in graph.shapes])
     layer = layers.repeat_interleave(units)
     if not ordered:
         return torch.stack([layers, torch.zeros_like(layers)], dim=1), layer
-    unit = torch.cat([torch.arange(n) for n, _ in tokens.shapes])
+    unit = torch.cat([torch.arange(n) for n, _ in graph.shapes])
     return torch.stack([layer, unit], dim=1), torch.arange(len(layer))
 
 
@@ -180,10 +177,12 @@ class Latents(nn.Module):
     Args:
         residual: the centre is the mean checkpoint, so that only what tells networks apart remains; otherwise it is one
             number per tensor, as in RPG.
+        shared: what of a mean checkpoint `[1, D]` is no accident of these networks; where hidden units have no common
+            order, `NeuronGraph.without_order`.
 
     Attributes:
-        anchor: `[D]` mean checkpoint in units of each tensor's standard deviation: where a residual starts from. It is
-            close to 0 where hidden units have no common order, and says which weight is which where they have.
+        anchor: `[D]` mean checkpoint in units of each tensor's standard deviation: where a residual starts from. It
+            says nothing of hidden units that have no common order, and which weight is which where they have one.
     """
 
     center: Float[Tensor, " D"]
@@ -192,9 +191,9 @@ class Latents(nn.Module):
     variances: Int[Tensor, " V"]
     variance_scale: Float[Tensor, " V"]
 
-    def __init__(self, structure: Structure, residual: bool = True):
+    def __init__(self, structure: Structure, residual: bool = True, shared: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.residual = residual
+        self.residual, self._shared = residual, shared
         self._slices = [spec.slice for spec in structure.tensors]
         of_variances = [torch.arange(s.offset, s.slice.stop) for s in structure.tensors if s.kind == "running_var"]
         variances = torch.cat(of_variances) if of_variances else torch.empty(0, dtype=torch.long)
@@ -220,8 +219,10 @@ class Latents(nn.Module):
         self.variance_scale[self.variance_scale <= 0] = 1
         self.spread.fill_(1)
         values = self._log(weights)
+        mean = values.double().mean(0, keepdim=True)
+        mean = mean if self._shared is None else self._shared(mean)
         for where in self._slices:
-            self._fit_tensor(where, values[:, where].double(), weights[:, where].double())
+            self._fit_tensor(where, values[:, where].double(), weights[:, where].double(), mean[0, where])
 
     def encode(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         varies = self.spread > 0
@@ -231,11 +232,12 @@ class Latents(nn.Module):
     def decode(self, latents: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         return self._exp(self.center + latents * self.spread)
 
-    def _fit_tensor(self, where: slice, values: Tensor, weights: Tensor) -> None:
-        """Centre, spread and anchor of one tensor; `values` are in the units of the centre, `weights` are plain."""
+    def _fit_tensor(self, where: slice, values: Tensor, weights: Tensor, mean: Tensor) -> None:
+        """Centre, spread and anchor of one tensor; `values` and their `mean` are in the units of the centre, `weights`
+        are plain."""
         rows = weights if self.residual else weights.reshape(-1, 1)
         varies = (rows.amax(0) > rows.amin(0)).expand(weights.shape[1])
-        center = values.mean(0) if self.residual else values.mean().expand(weights.shape[1])
+        center = mean if self.residual else values.mean().expand(weights.shape[1])
         deviation = (values - center)[:, varies]
         spread = deviation.square().mean().sqrt() if deviation.numel() else 0.0
         std = (values - values.mean()).square().mean().sqrt()

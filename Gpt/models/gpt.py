@@ -4,30 +4,29 @@ Data flow of one denoising step, for a batch of B networks:
 
     residual r = (target - start) / spread      per-tensor spread: every layer counts alike; r = 0 is "no change"
     r_t = alpha r + sigma noise                 the objective's path
-    tokens [B, T, width] = embed(r_t, start)    one token per hidden unit, see Gpt.neurons
-    blocks with adaLN-zero (Peebles, Xie 2023)  time and prompt enter every block; positional code only where needed
-    r_hat = c_skip r_t + c_out head(tokens)     EDM preconditioning (Karras et al. 2022, table 1), unit-variance data
+    r_hat = transformer(r_t, start, prompt, t)  over hidden units and the weights between them, equivariant under
+                                                renaming units at any depth, see Gpt.models.graph_transformer
 
-The head starts at zero: before training, one sampling step gives the starting network back, and many give it plus noise
-of the spread (the model then describes residuals as independent Gaussians).
+The transformer's heads start at zero: before training, one sampling step gives the starting network back, and many give
+it plus noise of the spread (the model then describes residuals as independent Gaussians).
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from Gpt.conditions import Conditions, fourier_features
+from Gpt.conditions import Conditions
 from Gpt.cuda_graphs import Graphed
 from Gpt.data.normalization import Normalizer
 from Gpt.diffusion.objectives import Denoiser, Objective
 from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
-from Gpt.models.transformer import Block, compile_blocks, hidden_matrices, norm
-from Gpt.neurons import NeuronTokens
+from Gpt.models.graph_transformer import GraphTransformer
+from Gpt.models.transformer import compile_blocks, hidden_matrices
+from Gpt.neurons import NeuronGraph
 from Gpt.structure import Structure
 
 
@@ -37,66 +36,16 @@ class GptConfig:
 
     Attributes:
         width, depth, heads: of the transformer.
+        channels: of each weight between two hidden layers; without effect where there is but one.
         steps, sampler: default sampling.
     """
 
     width: int = 128
     depth: int = 6
     heads: int = 4
+    channels: int = 32
     sampler: str = "euler"
     steps: int = 4
-
-
-class NeuronTransformer(nn.Module):
-    """(r_t, start, noise level, condition) -> estimate of the residual r, on normalised weights `[B, D]`."""
-
-    def __init__(self, tokens: NeuronTokens, width: int, depth: int, heads: int):
-        super().__init__()
-        if width % heads:
-            raise ConfigError(f"generator.width={width} is not a multiple of generator.heads={heads}")
-        self.tokens = tokens
-        self.embed = nn.ModuleList(nn.Linear(2 * entries, width) for _, entries in tokens.shapes)
-        places = tokens.count if tokens.entangled else len(tokens.shapes)
-        self.position = nn.Parameter(0.02 * torch.randn(places, width))
-        self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final = nn.Linear(width, 2 * width)
-        self.heads = nn.ModuleList(nn.Linear(width, entries) for _, entries in tokens.shapes)
-        for layer in (self.final, *self.heads):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(
-        self,
-        r_t: Float[Tensor, "B D"],
-        start: Float[Tensor, "B D"],
-        alpha: Float[Tensor, " B"],
-        sigma: Float[Tensor, " B"],
-        condition: Float[Tensor, "B width"],
-    ) -> Float[Tensor, "B D"]:
-        alpha, sigma = alpha[:, None], sigma[:, None]
-        power = alpha.square() + sigma.square()
-        noised = self.tokens.encode(r_t * power.rsqrt())
-        given = self.tokens.encode(start)
-        x = torch.cat(
-            [embed(torch.cat(pair, -1)) for embed, *pair in zip(self.embed, noised, given, strict=True)], dim=1
-        )
-        x = x + self._positions()
-        condition = condition + self.time(fourier_features((sigma / (alpha + sigma)).squeeze(1), _TIME_OCTAVES))
-        for block in self.blocks:
-            x = block(x, condition)
-        shift, scale = self.final(F.silu(condition))[:, None].chunk(2, dim=-1)
-        x = norm(x) * (1 + scale) + shift
-        parts = x.split([units for units, _ in self.tokens.shapes], dim=1)
-        change = self.tokens.decode([head(part) for head, part in zip(self.heads, parts, strict=True)])
-        return alpha / power * r_t + sigma * power.rsqrt() * change
-
-    def _positions(self) -> Float[Tensor, "T width"]:
-        """One code per token type, or one per token where units of two layers meet in a tensor."""
-        if self.tokens.entangled:
-            return self.position
-        kinds = zip(self.position, self.tokens.shapes, strict=True)
-        return torch.cat([code.expand(units, -1) for code, (units, _) in kinds])
 
 
 class Gpt(Generator):
@@ -112,18 +61,17 @@ class Gpt(Generator):
     distils = True
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: GptConfig):
+        if config.width % config.heads:
+            raise ConfigError(f"generator.width={config.width} is not a multiple of generator.heads={config.heads}")
         if objective.prediction != "x0":
             found = objective.prediction
             raise ConfigError(f"the G.pt generator predicts x0; objective.prediction={found} does not fit")
         super().__init__(structure, objective, config.sampler, config.steps)
         self.conditions = conditions
         self.normalizer = Normalizer(structure)
-        self.network = NeuronTransformer(NeuronTokens(structure), config.width, config.depth, config.heads)
+        graph = NeuronGraph(structure)
+        self.network = GraphTransformer(graph, config.width, config.depth, config.heads, config.channels)
         self._graphed = Graphed(self._estimate, self.network)
-
-    @property
-    def augment(self) -> bool:
-        return self.network.tokens.entangled
 
     def fit(self, batch: Batch) -> None:
         self.normalizer.fit(batch.target, batch.start)
@@ -173,8 +121,4 @@ class Gpt(Generator):
 
     def _estimate(self, r_t: Tensor, t: Tensor, start: Tensor, condition: Tensor) -> Tensor:
         alpha, sigma = self.objective.alpha_sigma(t)
-        return self.network(r_t, start, alpha, sigma, condition)
-
-
-_TIME_OCTAVES = 8
-_TIME_FEATURES = 1 + 2 * _TIME_OCTAVES
+        return self.network(r_t, start, condition, alpha, sigma)

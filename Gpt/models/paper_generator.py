@@ -62,7 +62,7 @@ class PaperGpt(Generator):
     """
 
     needs_start = True
-    augment = True  # type: ignore[assignment]
+    augment = True
     weight_scale: Tensor
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: PaperConfig):

@@ -19,7 +19,9 @@ CENTERS = torch.randn(2, STRUCTURE.size, generator=torch.Generator().manual_seed
 
 
 def build(seed: int = 0, **settings) -> Rpg:
-    settings = {"width": WIDTH, "depth": 2, "heads": 2, "token_size": 8, "rank": 4, "backbone": "gru"} | settings
+    """For networks that agree on which hidden unit is which, unless the settings say otherwise."""
+    sizes = {"width": WIDTH, "depth": 2, "heads": 2, "token_size": 8, "rank": 4, "channels": 4}
+    settings = {**sizes, "policy": "aligned_neuron", "backbone": "gru"} | settings
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         conditions = Conditions({"class_mask": 2}, settings["width"], 0.2)
@@ -141,10 +143,8 @@ def test_what_is_learned_has_unit_variance_at_every_noise_level():
 
 
 def test_hidden_units_are_interchangeable_where_networks_do_not_agree_on_them():
-    """Without a common order there is no anchor; then renaming units of the noise renames units of the result."""
+    """Renaming units of the noise renames units of the result."""
     model = untrained(policy="neuron")
-    for name in ("center", "anchor"):
-        getattr(model.latents, name).zero_()
     order = {"hidden": torch.tensor([[2, 0, 3, 1]]).expand(5, -1)}
     index = STRUCTURE.permutation_index(order)
     noise = torch.randn(5, STRUCTURE.size, generator=torch.Generator().manual_seed(0))
@@ -161,7 +161,7 @@ def test_the_request_reaches_every_token_and_tokens_meet():
         """Largest change in each token between the asked network and a variant of it."""
         plain = model.sample({"class_mask": torch.tensor([[0.0, 1.0]])}, steps=1, noise=noise)
         difference = (model.sample(prompt, steps=1, noise=other) - plain).abs()
-        return model.denoiser.layout.encode(difference)[0].amax(-1)
+        return model.layout.graph.encode(difference)[0][0].amax(-1)
 
     assert (change({"class_mask": torch.tensor([[1.0, 0.0]])}, noise) > 1e-4).all()
     nudged = noise.clone()

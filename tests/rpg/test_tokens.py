@@ -272,16 +272,17 @@ def test_layouts_hold_every_weight(policy, hidden_layers):
     structure = mlp(hidden_layers)
     layout = Layout(structure, policy, 5)
     latents = gaussian(3, structure.size)
-    blocks = layout.encode(latents)
-    assert [tuple(block.shape[1:]) for block in blocks] == list(layout.shapes)
-    assert torch.equal(layout.decode(blocks), latents)
-    assert len(layout.place) == sum(tokens for tokens, _ in layout.shapes)
+    tokens, joints = layout.graph.encode(latents)
+    assert [tuple(block.shape[1:]) for block in tokens] == list(layout.graph.shapes)
+    assert len(joints) == (hidden_layers - 1) * ("neuron" in policy)
+    assert torch.equal(layout.graph.decode(tokens, joints), latents)
+    assert len(layout.place) == sum(count for count, _ in layout.graph.shapes)
     assert layout.place.unique().tolist() == list(range(len(layout.coordinates)))
 
 
-def test_hidden_units_stand_nowhere_in_particular_unless_two_layers_meet():
+def test_hidden_units_stand_nowhere_in_particular_unless_networks_agree_on_them():
     assert Layout(mlp(1), "neuron", 1).place.tolist() == [0, 0, 0, 0, 1]
-    assert Layout(mlp(2), "neuron", 1).place.tolist() == list(range(9))
+    assert Layout(mlp(2), "neuron", 1).place.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2]
     assert Layout(mlp(1), "aligned_neuron", 1).coordinates.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]]
 
 

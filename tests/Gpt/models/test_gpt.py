@@ -15,8 +15,9 @@ from Gpt.networks import MLP, CartPoleActor
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 
-CONFIG = GptConfig(width=16, depth=2, heads=2)
+CONFIG = GptConfig(width=16, depth=2, heads=2, channels=4)
 STRUCTURE = Structure.of(MLP(6, 5, 3), MLP.symmetry)
+DEEP = Structure.of(CartPoleActor(), CartPoleActor.symmetry)
 WISH = {"target_metric": torch.tensor([[2.0, 0.5]]).expand(8, -1)}
 
 
@@ -48,6 +49,14 @@ def shaken(generator: Gpt) -> Gpt:
 def fitted() -> Gpt:
     generator = build()
     generator.fit(batch())
+    return shaken(generator)
+
+
+@pytest.fixture(scope="module")
+def deep() -> Gpt:
+    """Of networks with two hidden layers, whose weights between them are joints."""
+    generator = build(structure=DEEP)
+    generator.fit(batch(structure=DEEP))
     return shaken(generator)
 
 
@@ -131,7 +140,6 @@ def test_renaming_the_start_renames_the_sample(fitted):
     renamed = generator.sample(WISH, start.gather(1, index), noise=noise.gather(1, index))
     torch.testing.assert_close(renamed, plain.gather(1, index), rtol=1e-3, atol=1e-3)
     assert not generator.augment
-    assert build(structure=Structure.of(CartPoleActor(), CartPoleActor.symmetry)).augment
 
 
 @pytest.mark.parametrize(
@@ -150,11 +158,13 @@ def test_loss_and_gradients_are_finite_in_mixed_precision(objective):
     assert generator.loss(batch(), rng("cpu", 0)).item() == pytest.approx(loss.item(), rel=0.05)
 
 
-def test_every_parameter_learns(fitted):
-    fitted.zero_grad()
-    fitted.loss(batch(), rng("cpu", 0)).backward()
-    assert not [name for name, p in fitted.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    fitted.zero_grad()
+@pytest.mark.parametrize("name", ["fitted", "deep"])
+def test_every_parameter_learns(name, request):
+    generator = request.getfixturevalue(name)
+    generator.zero_grad()
+    generator.loss(batch(structure=generator.structure), rng("cpu", 0)).backward()
+    assert not [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    generator.zero_grad()
 
 
 def test_it_learns_to_write_what_the_prompt_says():
@@ -212,13 +222,16 @@ def test_sampling_needs_a_start(fitted):
         fitted.sample(WISH)
 
 
-def test_compiled_blocks_give_the_same_loss_and_gradient(fitted, graph_compiler):
+@pytest.mark.parametrize("name", ["fitted", "deep"])
+def test_compiled_blocks_give_the_same_loss_and_gradient(name, request, graph_compiler):
+    eager = request.getfixturevalue(name)
+
     def loss_and_gradients(generator):
-        loss = generator.loss(batch(8), rng("cpu", 3))
+        loss = generator.loss(batch(8, generator.structure), rng("cpu", 3))
         return loss, torch.autograd.grad(loss, [*generator.parameters()])
 
-    compiled = build()
-    compiled.load_state_dict(fitted.state_dict())
+    compiled = build(structure=eager.structure)
+    compiled.load_state_dict(eager.state_dict())
     compiled.compile_networks()
-    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(fitted), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(eager), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one compilation at any depth
