@@ -156,9 +156,11 @@ def rollout_returns(
 def scattered_states(count: int, rng: torch.Generator) -> Float[Tensor, "count 4"]:
     """States to compare policies in: uniform in a box, which is as large as what policies see that throw the cart to
     and fro, or up to a hundred times smaller, where those stay that balance quietly."""
-    box = torch.tensor([CartPole.max_position, 5.0, 0.3, 7.0], device=rng.device)
+    box = (CartPole.max_position, 5.0, 0.3, 7.0)
     scale = 10 ** (-2 * torch.rand(count, 1, generator=rng, device=rng.device))
-    return scale * box * (2 * torch.rand(count, 4, generator=rng, device=rng.device) - 1)
+    inside = 2 * torch.rand(count, 4, generator=rng, device=rng.device) - 1
+    # No tensor from the host: training steps are recorded as CUDA graphs.
+    return scale * torch.stack([half * x for half, x in zip(box, inside.unbind(1), strict=True)], dim=1)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,27 @@ class MLP(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
+class DeepMLP(nn.Module):
+    """Fully connected ReLU classifier 64-16-16-10 with two hidden layers, 1,482 parameters."""
+
+    symmetry = {
+        "fc1.weight": ("hidden1", None),
+        "fc1.bias": ("hidden1",),
+        "fc2.weight": ("hidden2", "hidden1"),
+        "fc2.bias": ("hidden2",),
+        "fc3.weight": (None, "hidden2"),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(64, 16)
+        self.fc2 = nn.Linear(16, 16)
+        self.fc3 = nn.Linear(16, 10)
+
+    def forward(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "N classes"]:
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+
+
 class ConvNet(nn.Module):
     """G.pt's CIFAR-10 network of 5,370 parameters.
 

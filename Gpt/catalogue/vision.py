@@ -8,7 +8,7 @@ from torch import nn
 
 from Gpt.data import sources
 from Gpt.masks import MaskSplit
-from Gpt.networks import MLP, ConvNet
+from Gpt.networks import MLP, ConvNet, DeepMLP
 from Gpt.recipes import Recipe, SupervisedRecipe
 from Gpt.scoring import classification_correct, classification_error, classification_loss, mask_correct, mask_error
 
@@ -80,6 +80,7 @@ _NEIGHBOURS_OUT = MaskSplit(held_out=32, validation=16, radius=1)  # more held-o
 TASKS: dict[str, dict[str, Any]] = {
     "digits_loss": _classification("digits", "loss", _digits_mlp, _DIGITS_RECIPE, 0.0, 0.0),
     "digits_error": _classification("digits", "error", _digits_mlp, _DIGITS_RECIPE, 3.0, 3.0),
+    "digits_deep_loss": _classification("digits", "loss", DeepMLP, _DIGITS_RECIPE, 0.0, 0.0) | {"zoo": None},
     "mnist_loss": _classification("mnist", "loss", MLP, SupervisedRecipe(), 0.0, 0.0),
     "mnist_error": _classification("mnist", "error", MLP, SupervisedRecipe(), 5.0, 5.0),
     "fashion_mnist_loss": _classification("fashion_mnist", "loss", MLP, SupervisedRecipe(), 0.3, 0.3),
