@@ -1,11 +1,9 @@
-"""The graph of neurons: every weight has one place, units are interchangeable, and the transformer keeps them so."""
+"""The graph of neurons: every weight has one place, and renaming units moves it with them."""
 
 import pytest
 import torch
-from torch import nn
 
 from Gpt.errors import StructureError
-from Gpt.models.graph_transformer import GraphTransformer
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.neurons import NeuronGraph
 from Gpt.seeds import rng
@@ -99,18 +97,26 @@ def test_blocks_of_an_axis_stay_with_their_unit():
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_renaming_hidden_units_renames_the_output(name):
+def test_renaming_hidden_units_reorders_tokens_rows_and_columns(name):
     structure = STRUCTURES[name]
-    draw = rng("cpu", 0, "equivariance")
-    network = GraphTransformer(NeuronGraph(structure), width=16, depth=2, heads=2, channels=4).double()
-    for parameter in network.parameters():  # heads and gates start at zero, which would hide everything
-        nn.init.normal_(parameter, std=0.3, generator=draw)
-    r_t, start = torch.randn(2, 4, structure.size, generator=draw, dtype=torch.float64)
-    level = torch.rand(4, generator=draw, dtype=torch.float64)
-    condition = torch.randn(4, 16, generator=draw, dtype=torch.float64)
-    index = structure.permutation_index(structure.random_permutations(4, draw))
-    plain = network(r_t, start, condition, 1 - level, level)
-    renamed = network(r_t.gather(1, index), start.gather(1, index), condition, 1 - level, level)
-    torch.testing.assert_close(renamed, plain.gather(1, index), rtol=1e-9, atol=1e-9)
-    for t in structure.tensors:
-        assert not torch.allclose(renamed[:, t.slice], plain[:, t.slice]) or not any(t.groups), t.name
+    graph, groups = NeuronGraph(structure), list(structure.groups)
+    permutations = structure.random_permutations(1, rng("cpu", 0))
+    flat = torch.randn(1, structure.size, generator=rng("cpu", 1))
+    tokens, joints = graph.encode(flat)
+    renamed_tokens, renamed_joints = graph.encode(flat.gather(1, structure.permutation_index(permutations)))
+    order = [permutations[group][0] for group in groups]
+    for token, renamed, units in zip(tokens, renamed_tokens, order, strict=False):
+        assert torch.equal(renamed, token[:, units])
+    for joint, renamed, ends in zip(joints, renamed_joints, graph.joints, strict=True):
+        rows, columns = (order[end] for end in ends.types)
+        assert torch.equal(renamed, joint[:, rows][:, :, columns])
+
+
+def test_what_has_no_order_is_a_mean_over_renamings():
+    structure = STRUCTURES["actor"]
+    graph = NeuronGraph(structure)
+    flat = torch.randn(1, structure.size, generator=rng("cpu", 0), dtype=torch.float64)
+    draws = structure.permutation_index(structure.random_permutations(20_000, rng("cpu", 1)))
+    mean = torch.stack([flat[0, index] for index in draws]).mean(0, keepdim=True)
+    torch.testing.assert_close(graph.without_order(flat), mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(graph.without_order(flat)[0, draws[0]], graph.without_order(flat)[0])

@@ -60,31 +60,31 @@ def deep() -> Gpt:
     return shaken(generator)
 
 
-def test_an_untrained_generator_describes_independent_gaussian_residuals():
-    """With r_hat = alpha r / (alpha² + sigma²), one Euler step ends at 0 and the exact flow at the noise itself."""
+def test_an_untrained_generator_describes_independent_gaussians():
+    """With x_hat = alpha x / (alpha² + sigma²), one Euler step ends at 0 and the exact flow at the noise itself."""
     generator = build()
     generator.fit(batch())
     start = batch(8).start
     noise = torch.randn(start.shape, generator=rng("cpu", 1))
-    spread = generator.normalizer.spread * generator.normalizer.scale
+    mean, std = generator.normalizer.shift, generator.normalizer.scale
     once = generator.sample(WISH, start, steps=1, noise=noise)
-    torch.testing.assert_close(once, start, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(once, mean.expand_as(once), rtol=1e-4, atol=1e-5)
     often = generator.sample(WISH, start, steps=400, noise=noise)
-    assert ((often - start) / spread - noise).square().mean().sqrt() < 0.02
+    assert ((often - mean) / std - noise).square().mean().sqrt() < 0.02
 
 
 def test_what_is_learned_has_unit_variance_at_every_noise_level():
-    """The heads speak in standard deviations of what unit-variance residuals are, given noised ones: sigma² / (alpha² +
+    """The heads speak in standard deviations of what unit-variance targets are, given noised ones: sigma² / (alpha² +
     sigma²) (Karras et al. 2022, table 1)."""
     generator, t = build(), torch.linspace(0.1, 1, 8)
-    r_t = torch.randn(8, STRUCTURE.size, generator=rng("cpu", 1))
+    x_t = torch.randn(8, STRUCTURE.size, generator=rng("cpu", 1))
     network = generator._network(batch(8).start, generator.conditions(WISH, 8))
-    silent = network(r_t, t)
+    silent = network(x_t, t)
     with torch.no_grad():
         for head in generator.network.heads:
             head.bias.fill_(1.0)
     open_part = t.square() / ((1 - t).square() + t.square())
-    torch.testing.assert_close(network(r_t, t) - silent, open_part.sqrt()[:, None].expand_as(r_t))
+    torch.testing.assert_close(network(x_t, t) - silent, open_part.sqrt()[:, None].expand_as(x_t))
 
 
 def test_the_untrained_loss_is_that_of_the_best_linear_estimate():
@@ -134,12 +134,27 @@ def test_renaming_the_start_renames_the_sample(fitted):
     noise = torch.randn(start.shape, generator=rng("cpu", 7))
     index = STRUCTURE.permutation_index(STRUCTURE.random_permutations(8, rng("cpu", 8)))
     normalizer, generator = fitted.normalizer, fitted
-    for constant in (normalizer.shift, normalizer.scale, normalizer.spread):  # one number per tensor
+    for constant in (normalizer.shift, normalizer.scale):  # one number per tensor
         assert torch.equal(constant.expand(8, -1).gather(1, index), constant.expand(8, -1))
     plain = generator.sample(WISH, start, noise=noise)
     renamed = generator.sample(WISH, start.gather(1, index), noise=noise.gather(1, index))
     torch.testing.assert_close(renamed, plain.gather(1, index), rtol=1e-3, atol=1e-3)
     assert not generator.augment
+
+
+def test_an_eighth_of_the_starts_is_what_one_sampling_step_makes_of_them(fitted, monkeypatch):
+    monkeypatch.setattr(fitted.conditions, "dropout", 0.0)
+    examples, calls = batch(64), []
+    hook = fitted.network.register_forward_pre_hook(lambda network, inputs: calls.append(inputs))
+    fitted.loss(examples, rng("cpu", 0))
+    hook.remove()
+    (noise, given, *_), (_, starts, *_) = calls
+    assert torch.equal(given, fitted.normalizer.encode(examples.start[:8]))
+    assert torch.equal(starts[8:], fitted.normalizer.encode(examples.start[8:]))
+    wish = {"target_metric": examples.prompt["target_metric"][:8]}
+    written = fitted.sample(wish, examples.start[:8], steps=1, noise=noise)
+    torch.testing.assert_close(fitted.normalizer.decode(starts[:8]), written, rtol=1e-4, atol=1e-5)
+    assert not starts.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,7 @@ def test_loss_and_gradients_are_finite_in_mixed_precision(objective):
         loss = generator.loss(batch(), rng("cpu", 0))
     loss.backward()
     assert loss.isfinite()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in generator.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
     assert generator.loss(batch(), rng("cpu", 0)).item() == pytest.approx(loss.item(), rel=0.05)
 
 
@@ -167,8 +182,9 @@ def test_every_parameter_learns(name, request):
     generator.zero_grad()
 
 
-def test_it_learns_to_write_what_the_prompt_says():
-    """Targets are the start moved by the wanted metric: a trained generator moves by what it is asked for."""
+@pytest.fixture(scope="module")
+def trained() -> Gpt:
+    """It has learned targets that are the start, whose mean is about 0, moved by the wanted metric."""
     structure = Structure.of(MLP(2, 2, 2), MLP.symmetry)
     generator = build(structure=structure)
 
@@ -184,10 +200,19 @@ def test_it_learns_to_write_what_the_prompt_says():
         generator.loss(draw(noise), noise).backward()
         optimizer.step()
         optimizer.zero_grad()
-    start = 0.3 * torch.randn(3, structure.size, generator=rng("cpu", 2))
-    wanted = torch.tensor([0.1, 0.5, 0.9])
-    moved = generator.sample({"target_metric": torch.stack([torch.zeros(3), wanted], 1)}, start, steps=8) - start
-    torch.testing.assert_close(moved.mean(1), wanted, rtol=0, atol=0.12)
+    return generator
+
+
+def test_it_learns_to_write_what_the_prompt_says_however_often(trained):
+    """An update of an update arrives where the first one did: it is no further step in the same direction."""
+    wanted = torch.tensor([0.1, 0.5, 0.9]).repeat_interleave(64)
+    wish = {"target_metric": torch.stack([torch.zeros_like(wanted), wanted], 1)}
+    start = 0.3 * torch.randn(len(wanted), trained.structure.size, generator=rng("cpu", 2))
+    network = start
+    for update in range(5):
+        network = trained.sample(wish, network, steps=8, seed=update)
+        moved = network.mean(1).view(3, -1).mean(1)
+        torch.testing.assert_close(moved, wanted[::64], rtol=0, atol=0.3 if update else 0.12)
 
 
 def test_a_saved_generator_writes_the_same_networks(fitted):
