@@ -78,7 +78,7 @@ def test_untrained_it_is_the_best_estimate_of_each_number_alone(name):
 
 def test_codes_tell_units_apart():
     structure = STRUCTURES["actor"]
-    network, (noised, given, *rest) = build(structure), inputs(structure)
+    network, (noised, _, *rest) = build(structure), inputs(structure)
     alike = torch.ones_like(noised)
     tokens = sum(units for units, _ in network.graph.shapes)
     codes = torch.randn(4, tokens, WIDTH, generator=rng("cpu", 2), dtype=torch.float64)
