@@ -25,7 +25,6 @@ from Gpt.diffusion.samplers import guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
 from Gpt.models.graph_transformer import GraphTransformer
-from Gpt.models.transformer import compile_blocks, hidden_matrices
 from Gpt.structure import Structure
 from rpg.prototypes import Prototypes
 from rpg.tokens import Latents, Layout
@@ -103,10 +102,10 @@ class Rpg(Generator):
         self.conditions.fit(split_identity(batch.prompt)[0])
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return hidden_matrices(self.denoiser.blocks)
+        return self.denoiser.hidden_matrices()
 
     def compile_networks(self) -> None:
-        compile_blocks(self.denoiser.blocks)
+        self.denoiser.compile_blocks()
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """Squared error of the denoised latents; every weight that varies counts alike.

@@ -10,35 +10,25 @@ from Gpt.structure import Structure
 class Normalizer(nn.Module):
     """`(weights - shift) / scale`, with one shift and one scale per tensor, expanded to `[D]` buffers.
 
-    Starts as the identity. `spread` is the standard deviation of what a generator has to add to its starting point
-    (normalised units), which preconditioning needs.
+    Starts as the identity.
     """
 
     shift: Tensor
     scale: Tensor
-    spread: Tensor
 
     def __init__(self, structure: Structure):
         super().__init__()
         self._slices = [t.slice for t in structure.tensors]
         self.register_buffer("shift", torch.zeros(structure.size))
         self.register_buffer("scale", torch.ones(structure.size))
-        self.register_buffer("spread", torch.ones(structure.size))
 
-    def fit(self, weights: Float[Tensor, "n D"], start: Float[Tensor, "n D"] | None = None) -> None:
-        """Read scales off sample networks; a tensor that never varies keeps the scale 1.
-
-        Args:
-            weights: networks to be written.
-            start: the networks they start from; without one, the spread is measured around the mean network.
-        """
+    def fit(self, weights: Float[Tensor, "n D"]) -> None:
+        """Read scales off sample networks; a tensor that never varies keeps the scale 1."""
         for where in self._slices:
             block = weights[:, where].double()
             std = block.std()
             self.shift[where] = block.mean().to(self.shift)
             self.scale[where] = (std if std > 1e-8 else torch.ones_like(std)).to(self.scale)
-            delta = block - (block.mean(0) if start is None else start[:, where].double())
-            self.spread[where] = (delta.square().mean().sqrt().to(self.scale) / self.scale[where]).clamp_min(1e-3)
 
     def encode(self, weights: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return (weights - self.shift) / self.scale

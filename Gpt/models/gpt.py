@@ -2,15 +2,18 @@
 
 Data flow of one denoising step, for a batch of B networks:
 
-    residual r = (target - start) / spread      per-tensor spread: every layer counts alike; r = 0 is "no change"
-    r_t = alpha r + sigma noise                 the objective's path
-    r_hat = transformer(r_t, start, prompt, t)  over hidden units and the weights between them, equivariant under
+    x = (target - mean) / std                   per tensor: every layer counts alike
+    x_t = alpha x + sigma noise                 the objective's path
+    x_hat = transformer(x_t, start, prompt, t)  over hidden units and the weights between them, equivariant under
                                                 renaming units at any depth, see Gpt.models.graph_transformer
 
-The transformer's heads start at zero: before training, one sampling step gives the starting network back, and many give
-it plus noise of the spread (the model then describes residuals as independent Gaussians).
+What is estimated is where training arrives, not how far that is from the start: such steps would add up when an update
+is updated again, and the networks grow with every one. And as no snapshot of any training looks like what a generator
+wrote, training starts from that, too (`WRITTEN_SHARE`), as imitation learning visits the states that its own policy
+leads to (Ross et al. 2011, arXiv 1011.0686).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +24,15 @@ from Gpt.conditions import Conditions
 from Gpt.cuda_graphs import Graphed
 from Gpt.data.normalization import Normalizer
 from Gpt.diffusion.objectives import Denoiser, Objective
-from Gpt.diffusion.samplers import guided
+from Gpt.diffusion.samplers import SAMPLERS, guided
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt, Solve
 from Gpt.models.graph_transformer import GraphTransformer
-from Gpt.models.transformer import compile_blocks, hidden_matrices
 from Gpt.neurons import NeuronGraph
 from Gpt.structure import Structure
+
+WRITTEN_SHARE = 0.125
+"""Share of the training examples that start from what the generator wrote."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +79,39 @@ class Gpt(Generator):
         self._graphed = Graphed(self._estimate, self.network)
 
     def fit(self, batch: Batch) -> None:
-        self.normalizer.fit(batch.target, batch.start)
+        self.normalizer.fit(batch.target)
         self.conditions.fit(batch.prompt)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        return hidden_matrices(self.network.blocks)
+        return self.network.hidden_matrices()
 
     def compile_networks(self) -> None:
-        compile_blocks(self.network.blocks)
+        self.network.compile_blocks()
         self.graphs = True
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         assert batch.start is not None, "G.pt learns from pairs: batches need a start"
         count, device = len(batch.target), batch.target.device
-        start = self.normalizer.encode(batch.start)
-        residual = (self.normalizer.encode(batch.target) - start) / self.normalizer.spread
-        t = self.objective.draw_times(count, rng, device)
-        noise = torch.randn(residual.shape, generator=rng, device=device)
+        start, target = self.normalizer.encode(batch.start), self.normalizer.encode(batch.target)
         condition = self.conditions(batch.prompt, count, self.conditions.keep(count, rng))
-        loss, estimate = self.objective.loss_and_estimate(self._network(start, condition), residual, t, noise)
-        return loss.mean() + self._distilled(batch, lambda: self._updated(start, estimate), rng)
+        start = self._partly_written(start, condition, rng)
+        t = self.objective.draw_times(count, rng, device)
+        noise = torch.randn(target.shape, generator=rng, device=device)
+        loss, estimate = self.objective.loss_and_estimate(self._network(start, condition), target, t, noise)
+        return loss.mean() + self._distilled(batch, lambda: self.normalizer.decode(estimate), rng)
+
+    def _partly_written(
+        self, start: Float[Tensor, "B D"], condition: Float[Tensor, "B width"], rng: torch.Generator
+    ) -> Float[Tensor, "B D"]:
+        """The starts, the first of them replaced by what one sampling step makes of them."""
+        count = math.ceil(WRITTEN_SHARE * len(start))
+        given, wish = start[:count], condition[:count]
+        noise = torch.randn(given.shape, generator=rng, device=start.device)
+        denoise = self.objective.denoiser(lambda x_t, t: self._estimate(x_t, t, given, wish))
+        with torch.compiler.set_stance("force_eager"):  # one more batch size would be one more compilation
+            written = SAMPLERS[self.sampler](denoise, self.objective, noise, 1, rng)
+        # Not under no_grad: autocast may keep the casts of the weights that it makes there, which have no gradient.
+        return torch.cat([written.detach(), start[count:]])
 
     def write(
         self,
@@ -108,17 +126,12 @@ class Gpt(Generator):
         begin = self.normalizer.encode(start)
         with_prompt = self.objective.denoiser(self._network(begin, self.conditions(prompt, len(start))))
         without = self.objective.denoiser(self._network(begin, self.conditions({}, len(start))))
-        residual = solve(guided(with_prompt, without, guidance), noise)
-        return self._updated(begin, residual)
-
-    def _updated(self, start: Float[Tensor, "B D"], residual: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Plain weights out of an encoded start and an update in units of the usual one."""
-        return self.normalizer.decode(start + residual * self.normalizer.spread)
+        return self.normalizer.decode(solve(guided(with_prompt, without, guidance), noise))
 
     def _network(self, start: Tensor, condition: Tensor) -> Denoiser:
         estimate = self._graphed if self.graphs else self._estimate
-        return lambda r_t, t: estimate(r_t, t, start, condition)
+        return lambda x_t, t: estimate(x_t, t, start, condition)
 
-    def _estimate(self, r_t: Tensor, t: Tensor, start: Tensor, condition: Tensor) -> Tensor:
+    def _estimate(self, x_t: Tensor, t: Tensor, start: Tensor, condition: Tensor) -> Tensor:
         alpha, sigma = self.objective.alpha_sigma(t)
-        return self.network(r_t, start, condition, alpha, sigma)
+        return self.network(x_t, start, condition, alpha, sigma)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.conditions import fourier_features
-from Gpt.models.transformer import Block, norm
+from Gpt.models.transformer import Block, matrices, norm
 from Gpt.neurons import Graph, Joints
 
 
@@ -53,6 +53,15 @@ class GraphTransformer(nn.Module):
         for layer in (self.final, *self.heads, *self.joint_heads):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """What Muon may train."""
+        return [matrix for block in self.blocks for matrix in matrices(block)]
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks in place. They share one compilation, which takes seconds at any depth."""
+        for block in self.blocks:
+            block.compile()
 
     def forward(
         self,

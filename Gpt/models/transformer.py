@@ -33,15 +33,9 @@ class Block(nn.Module):
         return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
-    """Compile the blocks in place. They share one compilation, which takes seconds at any depth."""
-    for block in blocks:
-        block.compile()
-
-
-def hidden_matrices(blocks: nn.ModuleList) -> list[nn.Parameter]:
-    """Weights of the blocks' linear layers but those of the modulation: what Muon may train."""
-    return [getattr(block, name).weight for block in blocks for name in ("qkv", "out", "up", "down")]
+def matrices(block: nn.Module) -> list[nn.Parameter]:
+    """Weights of all linear layers of a block but those of modulations: what Muon may train."""
+    return [p for name, p in block.named_parameters() if p.dim() == 2 and "modulation" not in name]
 
 
 def norm(x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:

@@ -85,3 +85,11 @@ def test_codes_tell_units_apart():
     without = structure.unflatten(network(alike, alike, *rest))["fc2.weight"]
     told = structure.unflatten(network(alike, alike, *rest, codes=codes))["fc2.weight"]
     assert without.flatten(1).std(1).max() < 1e-9 < 1e-3 < told.std(1).min() and told.std(2).min() > 1e-3
+
+
+def test_muon_may_train_every_matrix_inside_the_blocks_but_the_modulation():
+    network = build(STRUCTURES["actor"])
+    found = {id(matrix) for matrix in network.hidden_matrices()}
+    names = {name for name, parameter in network.named_parameters() if id(parameter) in found}
+    inside = {name for name, p in network.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert names == {name for name in inside if "modulation" not in name} and any("exchanges" in n for n in names)
