@@ -6,6 +6,7 @@ The values are G.pt's unless a task says otherwise (Peebles et al. 2022, release
 from dataclasses import dataclass, field
 
 from Gpt.adapters.spec import AdapterSpec
+from Gpt.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class AdapterRecipe:
         iterations, examples: mini-batches of a run, and labelled examples of each; the loss is that of the answers.
         own_a: every run draws its A from a seed of its own (only with `spec.train_a`), so that the zoo shares no gauge.
         adapters_per_forward: runs that are trained in one pass through the base model.
+
+    Raises:
+        ConfigError: own_a without an A that is trained.
     """
 
     base: str = "smollm2"
@@ -103,6 +107,10 @@ class AdapterRecipe:
     weight_decay: float = 0.0
     own_a: bool = False
     adapters_per_forward: int = 20
+
+    def __post_init__(self) -> None:
+        if self.own_a and not self.spec.train_a:
+            raise ConfigError("own_a=true: a frozen A is shared by all adapters; set spec.train_a=true with it")
 
 
 Recipe = SupervisedRecipe | PpoRecipe | AdapterRecipe

@@ -3,6 +3,9 @@
 `net` is a module, or a `Population` of P networks; results are then one number, or one row, per network.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -47,3 +50,11 @@ def mask_correct(
 ) -> Bool[Tensor, "... N"]:
     """Which examples are told right."""
     return classification_correct(x, label_map(mask)[..., y], net)
+
+
+METRIC_OF: dict[Callable[..., Any], str] = {
+    classification_loss: "loss",
+    classification_error: "error",
+    mask_error: "error",
+}
+"""What each test function returns first; the other is its second item."""

@@ -13,7 +13,8 @@ Optional keys:
 
     aug_fn              G.pt's permutation walk, see `Gpt.data.augmentation`
     symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` does, in words
-    metric              what the test function returns: "loss", "error" or "return" (default "metric"); names columns
+    metric              what the test function returns: "loss", "error" or "return"; names columns (default:
+                        what a function of `Gpt.scoring` returns, of others "metric")
     batched             True when task_test_fn also accepts a `Population` and then returns one number per network
     validation_data_fn  () -> tuple; labels, prompts and selection use it (default: data_fn, and the report says so)
     train_data_fn       () -> tuple (inputs, labels) that the recipe trains on
@@ -41,9 +42,10 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,10 +54,12 @@ from torch import Tensor, nn
 from Gpt.adapters.family import AdapterFamily
 from Gpt.behaviour import Behaviour
 from Gpt.catalogue import adapters, cartpole, vision, whole
-from Gpt.errors import ConfigError, StructureError, TaskError, UserError, nearest
+from Gpt.data.augmentation import walk_index
+from Gpt.errors import StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
 from Gpt.population.functional import Population
-from Gpt.recipes import Recipe
+from Gpt.recipes import AdapterRecipe, Recipe
+from Gpt.scoring import METRIC_OF
 from Gpt.structure import Structure
 
 METRICS = ("loss", "error", "return", "metric")
@@ -95,7 +99,7 @@ class Task:
             TaskError: the constructor fails, as it does where it needs arguments, or builds something else.
         """
         with torch.random.fork_rng(devices=[]):
-            net = self._call("constructor", self.constructor)
+            net = self.call("constructor", self.constructor)
         if not isinstance(net, nn.Module):
             raise TaskError(
                 f"task {self.name!r}: constructor returned {type(net).__name__}, expected a torch.nn.Module"
@@ -127,7 +131,7 @@ class Task:
         key = f"{split}/{device}"
         if key not in self._data:
             function = self._data_key(split)
-            items = self._call(function, getattr(self, function))
+            items = self.call(function, getattr(self, function))
             if not isinstance(items, tuple | list):
                 raise TaskError(
                     f"task {self.name!r}: the data function of the {split} split returned {type(items).__name__}, "
@@ -155,7 +159,7 @@ class Task:
         result = self.task_test_fn(*self.data(split, device), net)
         return result[0] if isinstance(result, tuple | list) else result
 
-    def _call(self, key: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    def call(self, key: str, function: Callable[..., Any], *inputs: Any) -> Any:
         """What a function of the entry returns.
 
         Raises:
@@ -174,18 +178,12 @@ class Task:
                 f"{_EXPECTED[key]}"
             ) from error
 
-    def with_recipe(self, changes: Mapping[str, Any]) -> "Task":
-        """The same with some settings of its training recipe changed.
-
-        Raises:
-            ConfigError: the recipe has no such setting.
-        """
-        recipe: Any = self.recipe
-        known = [f.name for f in fields(recipe)] if recipe else []
-        for key in changes:
-            if key not in known:
-                raise ConfigError(f"zoo.recipe: task {self.name!r} has no setting {key!r}; {nearest(key, known)}")
-        return replace(self, recipe=replace(recipe, **changes)) if changes else self
+    def with_recipe(self, recipe: Recipe) -> "Task":
+        """The same with networks that are trained in another way; of adapters, their base model and form are in it."""
+        changed = {}
+        if isinstance(self.family, AdapterFamily) and isinstance(recipe, AdapterRecipe):
+            changed = adapters.adapter_functions(self.family, recipe)
+        return replace(self, recipe=recipe, **changed)
 
     def verify(self, device: torch.device | str = "cpu") -> "Task":
         """Run every function once on a fresh network, on a device: large networks take half a minute on a CPU.
@@ -194,19 +192,58 @@ class Task:
             TaskError: a function fails, or returns something else than its key promises; names the task and the key.
         """
         net = copy.deepcopy(self.template).to(device).eval()
-        for split in ("test", "validation"):
-            with torch.no_grad():
-                value = self._call("task_test_fn", self.score, net, split, device)
-            try:
-                value = float(value)
-            except (TypeError, ValueError) as error:
-                raise TaskError(
-                    f"task {self.name!r}: task_test_fn returned {value!r} on a fresh network, expected a number "
-                    "(or a tuple whose first item is one)"
-                ) from error
-            if math.isnan(value):
-                raise TaskError(f"task {self.name!r}: task_test_fn returned NaN on a fresh network, expected a number")
+        weights = self.structure.flatten(net.state_dict())
+        with torch.no_grad():
+            value = self._number(net, "test", device)
+            self._number(net, "validation", device)
+            if self.batched:
+                population = Population(net, self.structure, weights.expand(2, -1))
+                self.call("batched", self.score, population, "test", device)
+            if self.correct_fn:
+                correct = torch.as_tensor(self.call("correct_fn", self.correct_fn, *self.data("test", device), net))
+                if correct.dtype != torch.bool or correct.dim() != 1:
+                    raise TaskError(
+                        f"task {self.name!r}: key 'correct_fn' returned {correct.dtype} of shape "
+                        f"{tuple(correct.shape)}, expected {_EXPECTED['correct_fn']}"
+                    )
+            key = "symmetry" if self.structure.groups else "aug_fn" if self.aug_fn else None
+            if key and self.metric != "return":  # rounding decides where an episode leads
+                self._check_renaming(key, net, weights, value, device)
         return self
+
+    def _number(self, net: nn.Module, split: str, device: torch.device | str) -> float:
+        """What the test function returns of a fresh network, checked."""
+        value = self.call("task_test_fn", self.score, net, split, device)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise TaskError(
+                f"task {self.name!r}: task_test_fn returned {value!r} on a fresh network, expected a finite number "
+                "(or a tuple whose first item is one)"
+            )
+        return number
+
+    def _check_renaming(
+        self, key: str, net: nn.Module, weights: Tensor, value: float, device: torch.device | str
+    ) -> None:
+        """With its hidden units renamed, a network must measure the same, unless it does not even the second time."""
+        if key == "aug_fn":
+            walk = (self.aug_fn, self.template, self.structure.size, torch.Generator().manual_seed(0))
+            index = self.call(key, walk_index, *walk)
+        else:
+            order = {group: torch.arange(count).roll(1) for group, count in self.structure.groups.items()}
+            index = self.structure.permutation_index(order)
+        renamed = copy.deepcopy(net)
+        renamed.load_state_dict(self.structure.state_dict(weights[index.to(weights.device)]))
+        found, same = self._number(renamed, "test", device), partial(math.isclose, value, rel_tol=1e-3, abs_tol=1e-6)
+        if not same(found) and same(self._number(net, "test", device)):
+            raise TaskError(
+                f"task {self.name!r}: key {key!r} renames hidden units in a way that changes the network: it "
+                f"measured {value:.6g} before and {found:.6g} after; every axis of a hidden layer has to be named: "
+                "its weight's and bias's first axis, the next weight's second axis"
+            )
 
 
 def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
@@ -226,7 +263,13 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
                 raise TaskError(f"task {name!r}: key {key!r} is missing, expected {_EXPECTED[key]}")
         elif entry[key] is not None or spec.default is MISSING:
             _check_value(name, key, entry[key])
-    task = Task(name=name, **entry)
+    metric = METRIC_OF.get(entry["task_test_fn"]) if isinstance(entry["task_test_fn"], FunctionType) else None
+    if metric and entry.get("metric", metric) != metric:
+        raise TaskError(
+            f"task {name!r}: key 'metric' is {entry['metric']!r}, expected {metric!r}: that is what "
+            f"{entry['task_test_fn'].__name__} returns first"
+        )
+    task = Task(name=name, **({"metric": metric} if metric else {}) | dict(entry))
     try:
         task.structure  # noqa: B018 - evaluated for its checks
     except StructureError as error:
@@ -244,13 +287,13 @@ _EXPECTED = {
     "aug_fn": "a function, see Gpt.data.augmentation",
     "symmetry": "a dict {tensor name: tuple of group names or None}",
     "metric": f"one of {', '.join(METRICS)}",
-    "batched": "True or False",
+    "batched": "True or False; True where task_test_fn takes a Population and returns one number per network",
     "validation_data_fn": "a function () -> tuple",
-    "train_data_fn": "a function () -> tuple",
+    "train_data_fn": "a function () -> tuple (inputs, labels) that suits the network",
     "recipe": "a recipe of Gpt.recipes",
     "checkpoints": "the path of a folder, as a string",
     "zoo": "a string",
-    "correct_fn": "a function (*data, net) -> bool tensor",
+    "correct_fn": "a function (*data, net) -> bool tensor [N]",
     "behaviour": "a Gpt.behaviour.Behaviour",
     "conditions": "a tuple of condition names",
     "family": "a Gpt.masks.MaskSplit or Gpt.adapters.family.AdapterFamily",

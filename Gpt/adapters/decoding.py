@@ -45,7 +45,7 @@ def _continued(
     pad = base.tokenizer.pad_id
     tokens = torch.tensor([[pad] * n + ids for n, ids in zip(padding, encoded, strict=True)], device=base.device)
     mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
-    ((newline,),) = base.tokenizer.encode(["\n"])
+    newline = base.tokenizer.encode(["\n"])[0][-1]  # after the space that some tokenizers begin every text with
     with attached(base, spec, weights):
         written = base.model.generate(
             input_ids=tokens,

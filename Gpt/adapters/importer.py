@@ -1,9 +1,12 @@
 """A folder of PEFT adapters as a zoo."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from Gpt.adapters.base import load_base
 from Gpt.adapters.measure import adapter_parts, measure
@@ -27,28 +30,17 @@ def import_adapters(
 ) -> str | None:
     """Store adapters as the runs of a task's family, one snapshot each.
 
-    `folder` has a sub-folder "rule/format" for every member, with one or several adapter folders below it; for a user's
-    prompts, it may be called as their task. Held-out and validation members take `runs_per_member` of theirs, the
-    training members all; where a member has fewer adapters than others, its own come again.
+    Args:
+        folder: see `read_library`.
 
     Returns:
         what `gauge_report` warns of; it is among the zoo's notes too.
 
     Raises:
-        DataError: a member has no adapter, or one is damaged.
-        StructureError: an adapter does not have the form that the task's recipe says.
+        DataError, StructureError: see `read_library`.
     """
-    family, recipe = adapter_parts(task)
-    found = [_folders_of(Path(folder), member, family.members) for member in family.members]
-    held_out, train = family.test_runs + family.validation_runs, family.splits["train"]
-    runs = held_out + len(train) * max(len(found[i]) for i in train)
-    members = family.member_of_runs(torch.arange(runs))
-    used = [0] * len(found)
-    chosen = []
-    for member in members.tolist():
-        chosen.append(found[member][used[member] % len(found[member])])
-        used[member] += 1
-    weights = torch.stack([load_adapter(adapter, recipe.spec, recipe.base) for adapter in chosen])
+    _, recipe = adapter_parts(task)
+    chosen, members, weights = read_library(folder, task)
     different = list(dict.fromkeys(chosen))
     warning = gauge_report([read_adapter(adapter)[0] for adapter in different]).warning if different[1:] else None
     notes = ["Imported adapters, one snapshot each; their training iterations are not known."]
@@ -66,10 +58,31 @@ def import_adapters(
     shards.create_manifest(Path(path_out), manifest)
     columns = measure(task, load_base(recipe.base, device), weights, members)
     columns = {name: values[:, None].cpu() for name, values in columns.items()}
-    for index, ids in enumerate(torch.arange(runs).split(shard_runs)):
+    for index, ids in enumerate(torch.arange(len(weights)).split(shard_runs)):
         parts = {name: values[ids] for name, values in columns.items()}
         shards.write_shard(Path(path_out), manifest, index, ids.tolist(), weights[ids, None], parts)
     return warning
+
+
+def read_library(folder: str | Path, task: Task) -> tuple[list[Path], Int[Tensor, " runs"], Float[Tensor, "runs D"]]:
+    """Which adapter each run of a task's family is, the run's member, and the adapter's weights.
+
+    `folder` has a sub-folder "rule/format" for every member, with one or several adapter folders below it; for a user's
+    prompts, it may be called as their task. Held-out and validation members take `runs_per_member` of theirs, the
+    training members all; where a member has fewer adapters than others, its own come again.
+
+    Raises:
+        DataError: a member has no adapter, or one is damaged.
+        StructureError: an adapter does not have the form that the task's recipe says.
+    """
+    family, recipe = adapter_parts(task)
+    found = [_folders_of(Path(folder), member, family.members) for member in family.members]
+    held_out, train = family.test_runs + family.validation_runs, family.splits["train"]
+    runs = held_out + len(train) * max(len(found[i]) for i in train)
+    members = family.member_of_runs(torch.arange(runs))
+    turns = [cycle(folders) for folders in found]
+    chosen = [next(turns[member]) for member in members.tolist()]
+    return chosen, members, torch.stack([load_adapter(adapter, recipe.spec, recipe.base) for adapter in chosen])
 
 
 def _folders_of(folder: Path, member: Member, members: Sequence[Member]) -> list[Path]:

@@ -17,6 +17,13 @@ from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, ta
 from Gpt.errors import ConfigError, DataError, StructureError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# What a configuration may say without it changing what these tensors do to these layers, or what is read off it.
+UNDERSTOOD = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out", "lora_dropout", "init_lora_weights", "eva_config",
+}  # fmt: skip
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, loftq, …) change the base model
 # Below this cosine between two adapters' As, their Bs cannot be compared. One initialisation trained on different tasks
 # stays above 0.98 (SmolLM2-135M, 80 steps); independent ones are at 0.
 SHARED_COSINE = 0.8
@@ -35,17 +42,7 @@ def save_adapter(
     Raises:
         ConfigError: the package peft is missing.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError(f"adapters are written by the package peft, which is missing ({error}); {INSTALL}") from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu() for name, value in adapter_structure(base, spec).state_dict(weights).items()}
-    if not spec.train_a:
-        tensors |= _frozen(base, spec)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    LoraConfig(
+    config = _lora_config(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name or (base if isinstance(base, str) else base.name),
         r=spec.rank,
@@ -54,7 +51,14 @@ def save_adapter(
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         inference_mode=True,
-    ).save_pretrained(str(folder))
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu() for name, value in adapter_structure(base, spec).state_dict(weights).items()}
+    if not spec.train_a:
+        tensors |= _frozen(base, spec)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    config.save_pretrained(str(folder))
     return folder
 
 
@@ -62,12 +66,14 @@ def load_adapter(folder: str | Path, spec: AdapterSpec, base: BaseModel | str) -
     """The flat row of an adapter folder.
 
     Raises:
-        DataError: the folder is no adapter, or a file is damaged.
+        ConfigError: the package peft is missing.
+        DataError: the folder is no adapter, or one of a form that is not supported, or a file is damaged.
         StructureError: rank, scale, kind or tensors are not those of the spec, or the spec freezes an A that is not the
             folder's.
     """
     tensors, config = read_adapter(folder)
-    _check_config(Path(folder), config, spec)
+    _check_supported(Path(folder), config)
+    _check_form(Path(folder), config, spec)
     if not spec.train_a:
         for name, expected in _frozen(base, spec).items():
             found = tensors.pop(name, None)
@@ -101,17 +107,12 @@ def spec_of(folder: str | Path) -> AdapterSpec:
     """The form of an adapter folder, with its A as part of the adapter.
 
     Raises:
+        ConfigError: the package peft is missing.
         DataError: the folder is no adapter, or one of a form that is not supported.
     """
     _, config = read_adapter(folder)
-    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
-    targets = config.get("target_modules")
-    if config.get("peft_type") != "LORA" or unsupported or not isinstance(targets, list):
-        raise DataError(
-            f"{folder}: only LoRA, rsLoRA and DoRA adapters of one rank are read, with a list of target_modules and "
-            f"without {', '.join(unsupported) or 'other parts'}"
-        )
-    named = tuple(target.rpartition(".")[2] for target in targets)
+    _check_supported(Path(folder), config)
+    named = tuple(sorted({target.rpartition(".")[2] for target in config["target_modules"]}))
     kind = {"rslora": bool(config.get("use_rslora")), "dora": bool(config.get("use_dora"))}
     return AdapterSpec(config["r"], config["lora_alpha"], named, **kind, train_a=True)
 
@@ -191,7 +192,31 @@ def _frozen(base: BaseModel | str, spec: AdapterSpec) -> Tensors:
     return {f"{PREFIX}{name}.lora_A.weight": draw_a(name, inputs, spec) for name, (_, inputs) in shapes.items()}
 
 
-def _check_config(folder: Path, config: dict[str, Any], spec: AdapterSpec) -> None:
+def _lora_config(**settings: Any) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError(
+            f"adapters are read and written with the package peft, which does not import ({error}); {INSTALL}"
+        ) from error
+    return LoraConfig(**settings)
+
+
+def _check_supported(folder: Path, config: dict[str, Any]) -> None:
+    """Whether the adapter is a plain low-rank change: of all else that PEFT's LoRA can be, nothing is switched on."""
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("target_modules"), list):
+        raise DataError(f"{folder}: only LoRA, rsLoRA and DoRA adapters with a list of target_modules are read")
+    usual = _lora_config().to_dict()
+    others = [key for key in config.keys() - UNDERSTOOD if config[key] and config[key] != usual.get(key)]
+    others += [] if config.get("init_lora_weights", True) in PLAIN_INITS else ["init_lora_weights"]
+    if others:
+        raise DataError(
+            f"{folder}: only LoRA, rsLoRA and DoRA adapters of one rank and one alpha are read, without "
+            + ", ".join(f"{key}={config[key]!r}" for key in sorted(others))
+        )
+
+
+def _check_form(folder: Path, config: dict[str, Any], spec: AdapterSpec) -> None:
     form = {"r": spec.rank, "lora_alpha": spec.alpha, "use_rslora": spec.rslora, "use_dora": spec.dora}
     for key, wanted in form.items():
         if config.get(key, False) != wanted:

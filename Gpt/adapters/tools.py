@@ -3,6 +3,7 @@
 python -m Gpt.adapters.tools prepare --source arc.jsonl --output-dir prompts --samples-per-prompt 4 --test-ratio 0.1
 python -m Gpt.adapters.tools analyze --adapters folder       statistics, and whether the adapters share a gauge
 python -m Gpt.adapters.tools test --adapter folder           exact round trip of one adapter
+python -m Gpt.adapters.tools export --zoo zoos/lora_rules --output-dir adapters      a collected library as PEFT folders
 """
 
 import argparse
@@ -15,11 +16,15 @@ from typing import Any
 
 import torch
 
+from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.peft_io import adapter_folders, gauge_report, load_adapter, read_adapter, save_adapter, spec_of
-from Gpt.adapters.spec import adapter_structure
+from Gpt.adapters.spec import AdapterSpec, adapter_structure
 from Gpt.adapters.tokens import AdapterTokens
 from Gpt.adapters.user import FILES, prepare_prompts, write_prompts
+from Gpt.data.shards import read_manifest
+from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, UserError
+from Gpt.recipes import AdapterRecipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     tested.add_argument("--columns", type=int, help="of a token; by default what divides every layer")
     tested.add_argument("--manifest", type=Path, help="what the tokens are: written, or compared if it is there")
     tested.set_defaults(command=round_trip)
+    exported = commands.add_parser("export", help="the adapters of a collected zoo as PEFT folders, TASK/run-00000")
+    exported.add_argument("--zoo", type=Path, required=True)
+    exported.add_argument("--output-dir", type=Path, required=True)
+    exported.set_defaults(command=export)
     return parser
 
 
@@ -61,25 +70,38 @@ def prepare(options: argparse.Namespace) -> list[str]:
     """Write the folder that `AdapterFamily(suite=folder)` reads."""
     samples = [sample for file in options.source for sample in _samples(file, options)]
     parts = prepare_prompts(samples, options.samples_per_prompt, options.test_ratio)
-    write_prompts(options.output_dir, parts)
+    try:
+        write_prompts(options.output_dir, parts)
+    except OSError as error:
+        raise DataError(
+            f"--output-dir {options.output_dir} cannot be written ({error}); name another folder"
+        ) from error
     tasks = {found.task for sets in parts.values() for found in sets}
     counts = ", ".join(f"{len(sets)} prompt sets in {FILES[part]}" for part, sets in parts.items())
     return [f"{options.output_dir}: {len(tasks)} tasks, {counts}"]
 
 
 def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
-    keys = {"task": options.task_key, "prompt": options.prompt_key, "answer": options.answer_key}
-    samples = []
     try:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            fields = json.loads(line)
-            sample = {"task": file.stem} | {name: str(fields[key]) for name, key in keys.items() if key in fields}
-            if "prompt" not in sample:
-                raise DataError(f"{file}, line {number} has no {options.prompt_key!r}; name the key with --prompt-key")
-            samples.append(sample)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file} cannot be read as one JSON object a line ({error})") from error
-    return samples
+        lines = file.read_text().split("\n")  # a text may hold what splitlines takes for the end of a line
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}); it should hold one JSON object a line") from error
+    samples = [_sample(f"{file}, line {i}", line, options) for i, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise DataError(f"{file} is empty; it should hold one JSON object a line")
+    return [{"task": file.stem} | sample for sample in samples]
+
+
+def _sample(where: str, line: str, options: argparse.Namespace) -> dict[str, str]:
+    """Prompt and, if they are there, answer and task, under these names."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON object ({error})") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get(options.prompt_key), str):
+        raise DataError(f"{where} has no text under {options.prompt_key!r}; name the key with --prompt-key")
+    keys = {"prompt": options.prompt_key, "answer": options.answer_key, "task": options.task_key}
+    return {name: str(fields[key]) for name, key in keys.items() if fields.get(key) is not None}
 
 
 def analyze(options: argparse.Namespace) -> list[str]:
@@ -117,7 +139,9 @@ def round_trip(options: argparse.Namespace) -> list[str]:
             the difference.
     """
     spec, (before, config) = spec_of(options.adapter), read_adapter(options.adapter)
-    base = options.base or config["base_model_name_or_path"]
+    base = options.base or config.get("base_model_name_or_path")
+    if not base:
+        raise DataError(f"{options.adapter} does not say which base model it is for; name it with --base")
     weights = load_adapter(options.adapter, spec, base)
     tokens = AdapterTokens(adapter_structure(base, spec), options.columns)
     joined = tokens.decode(tokens.encode(weights[None]))[0]
@@ -144,6 +168,25 @@ def _compared(tokens: AdapterTokens, manifest: dict[str, Any], file: Path) -> st
     except ValueError as error:
         raise DataError(f"{file} is not a readable manifest ({error}); delete it") from error
     return f"{file}: the same tokens"
+
+
+def export(options: argparse.Namespace) -> list[str]:
+    """Write the last snapshot of every run below the name of its task; `import_adapters` reads such a folder.
+
+    Raises:
+        DataError: the zoo is not one that was collected for adapters.
+    """
+    recipe = read_manifest(options.zoo).recipe
+    if recipe["type"] != AdapterRecipe.__name__:
+        raise DataError(f"{options.zoo} is not a zoo of adapters that this library has trained")
+    spec = AdapterSpec(**recipe["spec"] | {"targets": tuple(recipe["spec"]["targets"])})
+    family = AdapterFamily(**recipe["family"])
+    zoo = Zoo.open(options.zoo, adapter_structure(recipe["base"], spec), storage="disk")
+    for row, member in enumerate(family.member_of_runs(zoo.run_ids).tolist()):
+        weights = zoo.read(torch.tensor([row]), torch.tensor([zoo.snapshots - 1]))[0]
+        folder = options.output_dir / family.members[member].name / f"run-{int(zoo.run_ids[row]):05d}"
+        save_adapter(folder, weights, spec, recipe["base"])
+    return [f"{options.output_dir}: {zoo.runs} adapters"]
 
 
 if __name__ == "__main__":

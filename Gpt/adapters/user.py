@@ -92,7 +92,7 @@ def read_prompts(path: str) -> PromptSuite:
     """
     sets = []
     for part, name in FILES.items():
-        for number, line in enumerate((Path(path) / name).read_text().splitlines(), 1):
+        for number, line in enumerate((Path(path) / name).read_text().removesuffix("\n").split("\n"), 1):
             try:
                 fields = json.loads(line)
                 found = PromptSet(fields["task"], tuple(fields["prompts"]), tuple(fields.get("answers", ())))

@@ -22,13 +22,7 @@ def adapter_entry(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any
     The data of the test function are the examples of all members and the number of one of them (or one for each network
     of a `Population`). Nothing is loaded before a network is made or measured.
     """
-    return {
-        "task_test_fn": partial(adapter_error, recipe),
-        "correct_fn": partial(adapter_correct, recipe),
-        "constructor": partial(AdapterModule, recipe.base, recipe.spec),
-        "data_fn": partial(measured_examples, family, recipe.base, "test"),
-        "validation_data_fn": partial(measured_examples, family, recipe.base, "validation"),
-        "train_data_fn": partial(training_examples, family, recipe.base),
+    return adapter_functions(family, recipe) | {
         "minimize": True,
         "best_prompt": 0.0,
         "recursive_prompt": 0.0,
@@ -37,6 +31,18 @@ def adapter_entry(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any
         "recipe": recipe,
         "family": family,
         "conditions": ("text",),
+    }
+
+
+def adapter_functions(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any]:
+    """What of such an entry depends on the base model and on the form of the adapters."""
+    return {
+        "task_test_fn": partial(adapter_error, recipe),
+        "correct_fn": partial(adapter_correct, recipe),
+        "constructor": partial(AdapterModule, recipe.base, recipe.spec),
+        "data_fn": partial(measured_examples, family, recipe.base, "test"),
+        "validation_data_fn": partial(measured_examples, family, recipe.base, "validation"),
+        "train_data_fn": partial(training_examples, family, recipe.base),
     }
 
 

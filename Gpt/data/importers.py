@@ -261,6 +261,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is no file of torch, or holds more than tensors, such as a whole module"
         raise ZooError(f"{file} cannot be read as a checkpoint ({reason}); save a state_dict to it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ZooError(f"{file} holds no state_dict (a dict of tensors); save net.state_dict() to it")

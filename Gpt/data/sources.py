@@ -125,7 +125,7 @@ def _channels_first(images: Tensor) -> Tensor:
 def _idx(torchvision_name: str, folders: tuple[str, ...], places: Places) -> Splits:
     """MNIST's IDX files, plain or gzipped."""
     stems = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-    looked = [root / folder for root in places.roots for folder in folders]
+    looked = list(dict.fromkeys(root / folder for root in places.roots for folder in folders))  # one is absolute
     for folder in looked:
         files = [next((folder / f for f in (stem, stem + ".gz") if (folder / f).is_file()), None) for stem in stems]
         if all(files):

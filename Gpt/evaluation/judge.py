@@ -112,9 +112,9 @@ class Judge(ABC):
         """Whether this is the judge of such a generator."""
 
     @classmethod
-    def check(cls, config: EvaluationConfig) -> None:
+    def check(cls, config: EvaluationConfig, task: Task) -> None:
         """Raises:
-        ConfigError: a setting is changed that this judge does not read.
+        ConfigError: a setting is changed that this judge does not read, or that does not fit the task.
         """
         for setting in fields(config):
             value = getattr(config, setting.name)

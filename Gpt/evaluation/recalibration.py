@@ -19,6 +19,18 @@ def has_statistics(structure: Structure) -> bool:
     return any(t.kind == "running_var" for t in structure.tensors)
 
 
+def check_recalibration(task: Task) -> None:
+    """Raises:
+    ConfigError: the architecture has no batch normalisation, or the task no training data.
+    """
+    if not has_statistics(task.structure):
+        raise ConfigError(f"evaluation.recalibrate: the networks of task {task.name!r} have no batch-norm statistics")
+    if task.train_data_fn is None:
+        raise ConfigError(
+            f"evaluation.recalibrate: task {task.name!r} has no training data; add the key 'train_data_fn'"
+        )
+
+
 @torch.no_grad()
 def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device | str) -> Float[Tensor, "P D"]:
     """The networks with running means and variances averaged over batches of training images, without augmentation.
@@ -27,11 +39,9 @@ def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device
     "REPAIR", arXiv 2211.08403).
 
     Raises:
-        ConfigError: the architecture has no batch normalisation.
-        TaskError: the task has no training data.
+        ConfigError: see `check_recalibration`.
     """
-    if not has_statistics(task.structure):
-        raise ConfigError(f"evaluation.recalibrate: the networks of task {task.name!r} have no batch-norm statistics")
+    check_recalibration(task)
     inputs = task.data("train", device)[0][:EXAMPLES]
     net = copy.deepcopy(task.template).to(device).eval()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]

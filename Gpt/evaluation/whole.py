@@ -23,11 +23,11 @@ from Gpt.errors import ZooError
 from Gpt.evaluation import baselines, costs
 from Gpt.evaluation.beside import training_curves
 from Gpt.evaluation.costs import Price, Spent
-from Gpt.evaluation.judge import Judge, Progress
+from Gpt.evaluation.judge import EvaluationConfig, Judge, Progress
 from Gpt.evaluation.novelty import Bank, Measured, former_runs_note, novelty
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import tensor_stds
-from Gpt.evaluation.recalibration import EXAMPLES, recalibrated
+from Gpt.evaluation.recalibration import EXAMPLES, check_recalibration, recalibrated
 from Gpt.evaluation.results import Results, Row
 from Gpt.evaluation.statistics import bootstrap_interval
 from Gpt.evaluation.writing import Request
@@ -72,6 +72,12 @@ class WholeJudge(Judge):
     @classmethod
     def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
         return task.family is None and not generator.needs_start and not conditions
+
+    @classmethod
+    def check(cls, config: EvaluationConfig, task: Task) -> None:
+        super().check(config, task)
+        if config.recalibrate:
+            check_recalibration(task)
 
     def evaluate(self, spent: Spent = Spent(), progress: Progress = lambda phrase: None) -> Results:
         """The whole evaluation, see `Judge`.

@@ -189,12 +189,13 @@ def novelty(results: Results) -> Figure:
     overlaps = [(n, n.error_overlap) for n in sets if n.error_overlap is not None]
     figure = new_figure(11.0 if overlaps else 7.0, 5.2)
     axes = figure.subplots(1, 2 if overlaps else 1, sharey=True, squeeze=False)[0]
-    _draw_sets(axes[0], [(n, n.distance_ratio) for n in sets])
+    markers = _markers(sets)
+    _draw_sets(axes[0], [(n, n.distance_ratio) for n in sets], markers)
     axes[0].axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axes[0].set_xlabel("distance to the nearest training network\n(1 = between training networks)")
     axes[0].set_ylabel(metric_label(results.metric))
     if overlaps:
-        _draw_sets(axes[1], overlaps)
+        _draw_sets(axes[1], overlaps, markers)
         axes[1].set_xlabel("overlap of wrongly classified examples\nwith the most similar training network (IoU)")
     metric_scale(axes[0], "y", [n.metric.mean for n in sets], results.minimize)
     _legend_below(figure)
@@ -214,11 +215,10 @@ def wrong_predictions(results: Results) -> Figure:
     axis = figure.subplots()
     ladder = sorted((n.distance_ratio, overlap) for n, overlap in sets if n.name.startswith("noise"))
     axis.plot([x for x, _ in ladder], [y for _, y in ladder], color=MUTED, lw=1.2, zorder=1)
-    counts: dict[str, int] = {}
+    markers = _markers(results.novelty)
     for row, overlap in sets:
-        marker = MARKERS[counts.setdefault(row.kind, 0) % len(MARKERS)]
-        counts[row.kind] += 1
-        axis.plot([row.distance_ratio], [overlap], marker, color=COLOURS[row.kind], ms=9, label=row.name, ls="none")
+        look = {"color": COLOURS[row.kind], "ms": 9, "label": row.name, "ls": "none"}
+        axis.plot([row.distance_ratio], [overlap], markers[row.name], **look)
     axis.set_xscale("log")
     axis.axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axis.set_xlabel("distance to the nearest training network (1 = between training networks)")
@@ -350,14 +350,17 @@ def _draw_interval(axis: Axes, interval: Interval, height: int, colour: str) -> 
     axis.plot([mean], [height], "o", color=colour, ms=7)
 
 
-def _draw_sets(axis: Axes, points: Sequence[tuple[Novelty, float]]) -> None:
-    counts: dict[str, int] = {}
+def _markers(sets: Sequence[Novelty]) -> dict[str, str]:
+    """The marker of each set, alike in every figure; those of one kind share a colour and differ in it."""
+    kinds = [row.kind for row in sets]
+    return {row.name: MARKERS[kinds[:i].count(row.kind) % len(MARKERS)] for i, row in enumerate(sets)}
+
+
+def _draw_sets(axis: Axes, points: Sequence[tuple[Novelty, float]], markers: dict[str, str]) -> None:
     for row, x in points:
-        marker = MARKERS[counts.setdefault(row.kind, 0) % len(MARKERS)]
-        counts[row.kind] += 1
         low, mean, high = _finite([row.metric.low, row.metric.mean, row.metric.high])
         axis.plot([x, x], [low, high], color=COLOURS[row.kind], lw=2, alpha=0.45)
-        axis.plot([x], [mean], marker, color=COLOURS[row.kind], ms=9, label=row.name, ls="none")
+        axis.plot([x], [mean], markers[row.name], color=COLOURS[row.kind], ms=9, label=row.name, ls="none")
     axis.margins(0.08)
 
 

@@ -51,7 +51,7 @@ def format_flops(flops: float | None) -> str:
     """A number of floating-point operations with an SI prefix."""
     if flops is None:
         return ""
-    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if flops >= scale:
             return f"{format_number(flops / scale, 3)} {prefix}FLOP"
     return f"{flops:.0f} FLOP"
@@ -218,8 +218,8 @@ def _novelty_sentences(results: Results) -> list[str]:
         return []
     ratio = format_number(generated.distance_ratio, 3)
     return [
-        f"Its networks lie {ratio} times as far from the nearest training network as training networks lie from each "
-        f"other, and {generated.novel_and_good:.0%} of them are both novel and good; "
+        f"The generator's networks lie {ratio} times as far from the nearest training network as training networks lie "
+        f"from each other, and {generated.novel_and_good:.0%} of them are both novel and good; "
         f"data-copying score Z_U {format_number(generated.copying_z, 3)} (far below zero means copies). "
         f"{_diversity_sentence(generated)}".rstrip()
     ]

@@ -20,6 +20,8 @@ import torch
 
 from data_gen.collect import snapshot_schedule, total_iterations, train_population
 from data_gen.memory import Trained
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.importer import read_library
 from Gpt.data import shards
 from Gpt.data.shards import DTYPES
 from Gpt.data.views import align_runs
@@ -255,6 +257,9 @@ def _imported(run: Rehearsal) -> str:
             f"task {run.task.name!r} has no recipe, no zoo at {run.zoo_folder} and no checkpoints at {source}; mend "
             "its key 'checkpoints', or set zoo.path"
         )
+    if isinstance(run.task.family, AdapterFamily):
+        adapters, *_ = read_library(source, run.task)
+        return f"{len(adapters):,} runs of {len(set(adapters)):,} adapters to be imported from {source}"
     return f"to be imported from {source}"
 
 
@@ -267,7 +272,7 @@ def _networks_at_hand(run: Rehearsal) -> str:
 
 
 def _generator(run: Rehearsal) -> str:
-    run.judging.check(run.config.evaluation)
+    run.judging.check(run.config.evaluation, run.task)
     count = sum(p.numel() for p in run.generator.parameters())
     return f"{run.config.generator['name']}: {count:,} parameters, {_size(4 * count)}"
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from data_gen.memory import Stream, Trained, collect_in_memory
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
 from Gpt.checkpoint import CheckpointFolder
-from Gpt.config import RunConfig
+from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler
 from Gpt.data.batches import BatchSampler
@@ -34,6 +34,7 @@ from Gpt.generator import Generator
 from Gpt.masks import MaskSplit
 from Gpt.models.paper_generator import PaperGpt
 from Gpt.models.upstream import resolve_checkpoint
+from Gpt.recipes import Recipe
 from Gpt.report.trackers import check_installed
 from Gpt.seeds import rng
 from Gpt.tasks import Task, get_task, load_task_modules
@@ -87,9 +88,11 @@ class Experiment:
                     f"task {task.name!r} is one task for each {members}, so its generator has to be told which; add "
                     f"condition.names=[{told}]"
                 )
-            if masks and "text" in names:
+            hashed = isinstance(task.family, AdapterFamily) and task.family.encoder == "hash"
+            if "text" in names and not hashed:
                 find_model()  # before anything is collected
-        return task.with_recipe(self.config.zoo.recipe)
+        changes = self.config.zoo.recipe
+        return task.with_recipe(changed_recipe(task, changes)) if changes else task
 
     @property
     def zoo_folder(self) -> Path:
@@ -266,7 +269,7 @@ class Experiment:
         check_installed(self.config.logger)
         if not self.config.test_only:
             self.config.trainer.check_shared(world())
-        self.judging.check(self.config.evaluation)  # builds the generator, which checks itself
+        self.judging.check(self.config.evaluation, self.task)  # builds the generator, which checks itself
 
     def check_published(self) -> None:
         """Raises:
@@ -321,6 +324,25 @@ class Experiment:
         metric = measured[f"validation_{self.task.metric}"]
         facts = {f"generated_{name.removeprefix('validation_')}": value for name, value in measured.items()}
         return facts | {"score": metric if self.task.minimize else -metric}
+
+
+def changed_recipe(task: Task, changes: Mapping[str, Any]) -> Recipe:
+    """A task's training recipe with some of its settings changed, nested ones too.
+
+    Raises:
+        ConfigError: it has no such setting, or one of another type; or the task has no recipe.
+    """
+    if task.recipe is None:
+        raise ConfigError(f"zoo.recipe: task {task.name!r} has no recipe, as its networks are imported; leave it out")
+    return checked(type(task.recipe), _merged(dataclasses.asdict(task.recipe), changes), "zoo.recipe.")
+
+
+def _merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
 
 
 def describe(zoo: Zoo) -> str:

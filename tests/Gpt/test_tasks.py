@@ -12,6 +12,7 @@ from Gpt.data import sources
 from Gpt.errors import TaskError
 from Gpt.networks import MLP
 from Gpt.population.functional import Population, stack_initial
+from Gpt.scoring import METRIC_OF
 from Gpt.seeds import rng
 from Gpt.tasks import TASK_METADATA, check_entry, get_task, load_task_modules
 from Gpt.vocabulary import CLASSES
@@ -24,6 +25,12 @@ def regression(x, y, net):
 def data(seed: int):
     x = torch.randn(20, 4, generator=rng("cpu", seed))
     return x, x.sum(1)
+
+
+def forgetful_walk(net, generator, permute_in_fn, permute_out_fn, permute_in_out_fn, register_fn):
+    """Renames the hidden units in the first layer alone."""
+    permute_out_fn((net.fc1.weight, net.fc1.bias), torch.randperm(3, generator=generator))
+    register_fn((net.fc2.weight, net.fc2.bias))
 
 
 ENTRY = {
@@ -127,11 +134,31 @@ def test_entries_that_cannot_be_are_refused(change, message):
     [
         ({"data_fn": lambda: torch.zeros(3)}, r"'mine': .*test split returned Tensor, expected a tuple.*return \(x,\)"),
         ({"validation_data_fn": dict}, r"task 'mine': .*validation split returned dict, expected a tuple"),
-        ({"task_test_fn": lambda x, y, net: net(x)}, "task 'mine': task_test_fn returned .*expected a number"),
-        ({"task_test_fn": lambda x, y, net: None}, "task 'mine': task_test_fn returned None .*expected a number"),
-        ({"task_test_fn": lambda x, y, net: float("nan")}, "task 'mine': task_test_fn returned NaN"),
+        ({"task_test_fn": lambda x, y, net: net(x)}, "task 'mine': task_test_fn returned .*expected a finite"),
+        ({"task_test_fn": lambda x, y, net: None}, "task 'mine': task_test_fn returned None .*expected a finite"),
+        ({"task_test_fn": lambda x, y, net: float("nan")}, "task 'mine': task_test_fn returned nan .*a finite number"),
+        ({"task_test_fn": lambda x, y, net: float("inf")}, "task 'mine': task_test_fn returned inf .*a finite number"),
         ({"task_test_fn": lambda x, net: 0}, r"'mine': key 'task_test_fn' failed .*TypeError.*; expected a function"),
         ({"constructor": lambda: MLP(5, 3, 1)}, r"key 'task_test_fn' failed in networks\.py, line .*\(20x4 and 5x3\)"),
+        (
+            {"correct_fn": lambda x, net: x > 0},
+            r"'mine': key 'correct_fn' failed .*; expected a function .*bool tensor",
+        ),
+        ({"correct_fn": lambda x, y, net: y}, r"'mine': key 'correct_fn' returned torch.float32 of shape \(20,\), exp"),
+        (
+            {"correct_fn": lambda x, y, net: (y > 0).all()},
+            r"'mine': key 'correct_fn' returned torch.bool of shape \(\)",
+        ),
+        (
+            {"batched": True, "task_test_fn": lambda x, y, net: net(x).flatten() @ y},
+            "key 'batched' failed .*; expected True",
+        ),
+        (
+            {"symmetry": {"fc1.weight": ("h", None), "fc1.bias": ("h",)}},
+            "'mine': key 'symmetry' renames .*; every axis",
+        ),
+        ({"aug_fn": lambda net: None}, r"'mine': key 'aug_fn' failed .*TypeError.*; expected a function, see"),
+        ({"aug_fn": forgetful_walk}, "'mine': key 'aug_fn' renames hidden units in a way that changes the network"),
         ({"data_fn": lambda: data(0)[7]}, r"'mine': key 'data_fn' failed in test_tasks\.py, line \d+: IndexError"),
     ],
 )
@@ -139,6 +166,25 @@ def test_functions_that_do_not_keep_their_promise_are_found_at_once(registry, ch
     registry["mine"] = ENTRY | change
     with pytest.raises(TaskError, match=f"(?s){message}"):
         get_task("mine")
+
+
+def test_hidden_units_may_be_renamed_where_the_function_stays_or_measurements_vary(registry):
+    whole = {"fc1.weight": ("h", None), "fc1.bias": ("h",), "fc2.weight": (None, "h")}
+    registry["mine"] = ENTRY | {"symmetry": whole}
+    assert get_task("mine").structure.groups == {"h": 3}
+    draws = iter(range(1, 100))
+    noisy = {"task_test_fn": lambda x, y, net: regression(x, y, net) * next(draws)}
+    registry["mine"] = ENTRY | noisy | {"symmetry": {"fc1.weight": ("h", None)}}  # no measurement tells
+    assert get_task("mine").structure.groups == {"h": 3}
+
+
+def test_the_librarys_test_functions_name_their_metric():
+    classes = ENTRY | {"data_fn": lambda: (data(0)[0], torch.zeros(20).long())}
+    for function, metric in METRIC_OF.items():
+        assert check_entry("mine", classes | {"task_test_fn": function}).metric == metric
+        other = "loss" if metric == "error" else "error"
+        with pytest.raises(TaskError, match=f"key 'metric' is '{other}', expected '{metric}': .* {function.__name__}"):
+            check_entry("mine", classes | {"task_test_fn": function, "metric": other})
 
 
 def test_unknown_tasks_are_answered_with_the_nearest():

@@ -251,6 +251,15 @@ def test_unusable_data_and_networks_are_named(task_of):
         train(task_of(mlp, train=5))
     with pytest.raises(TaskError, match="train_data_fn to return"):
         train(task_of(mlp, train_data_fn=lambda: (torch.zeros(3),)))
+    inputs, labels = torch.zeros(40, 6), torch.arange(40) % 3
+    for unusable, message in [
+        ((inputs, labels[1:]), r"40 inputs and labels of shape \(39,\).*one whole number for each"),
+        ((inputs, labels.float()), r"labels of shape \(40,\), torch.float32.*one whole number"),
+        ((inputs, labels + 1), "labels from 1 to 3, the network has 3 outputs; expected labels from 0 to 2"),
+        ((inputs[:, 1:], labels), r"'toy': key 'train_data_fn' failed .*1x5 and 6x.*suits the network"),
+    ]:
+        with pytest.raises(TaskError, match=f"(?s){message}"):
+            train(task_of(mlp, train_data_fn=lambda data=unusable: data))
     with pytest.raises(TaskError, match="needs images"):
         train(task_of(mlp), recipe=dataclasses.replace(RECIPE, augmentation="flip_crop"))
     with pytest.raises(TaskError, match="dropout 0"):

@@ -95,20 +95,26 @@ def test_ties_scalars_and_counters():
     assert {"logit_scale", "gate"} <= {spec.name for spec in structure.tensors}  # learned scalars are generated
 
 
-def test_every_torchvision_architecture_is_cut_without_gaps_or_straddling():
+def test_every_torchvision_architecture_is_cut_without_gaps_or_straddling_and_comes_back():
     assert len(ARCHITECTURES) >= 80
     for name in ARCHITECTURES:
-        structure = Structure.of(weightless(name))
-        boundaries = {spec.offset for spec in structure.tensors}
+        state = {key: value.to("meta") for key, value in weightless(name).state_dict().items()}
+        structure = Structure.of(state)
+        boundaries, flat = {spec.offset for spec in structure.tensors}, structure.flatten(state)[None]
         for policy in CUTS:
-            sizes = token_sizes(structure, policy, 4096)
+            sizes = token_sizes(structure, policy, 16384)
             starts = list(accumulate(sizes[:-1], initial=0))
-            assert sum(sizes) == structure.size and 1 <= min(sizes) and max(sizes) <= 4096, (name, policy)
+            assert sum(sizes) == structure.size and 1 <= min(sizes) and max(sizes) <= 16384, (name, policy)
             assert policy == "flat" or boundaries <= set(starts), (name, policy)
             layer, chunk = token_coordinates(structure, sizes).unbind(1)
             assert len((layer * len(sizes) + chunk).unique()) == len(sizes), (name, policy)
             if policy == "within_layer":
-                assert len(sizes) == sum(math.ceil(spec.numel / 4096) for spec in structure.tensors), name
+                assert len(sizes) == sum(math.ceil(spec.numel / 16384) for spec in structure.tensors), name
+            tokens = cut(structure, policy, 16384)
+            flat = tokens.decode(tokens.encode(flat))
+        returned = structure.state_dict(flat[0])
+        found, expected = ([(key, t.shape, t.dtype) for key, t in kept.items()] for kept in (returned, state))
+        assert found == expected, name
 
 
 @pytest.mark.parametrize(

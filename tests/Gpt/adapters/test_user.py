@@ -44,6 +44,12 @@ def test_a_folder_is_read_back_and_drawn_from(tmp_path):
     assert suite.judge(member, " 7\n", "7").exact and not suite.judge(member, "8", "7").exact
 
 
+def test_prompts_may_hold_any_character(tmp_path):
+    prompts = ("one\ntwo", "é\u2028ü\x85\x0c", '"\\"')
+    write_prompts(tmp_path, {part: [PromptSet("t", prompts)] for part in ("train", "test")})
+    assert [found.prompts for _, found in read_prompts.__wrapped__(str(tmp_path)).sets] == [prompts, prompts]
+
+
 def test_sets_without_answers_describe_tasks_but_cannot_train(tmp_path):
     write_prompts(tmp_path, {part: [PromptSet("t", ("a?", "b?"))] for part in ("train", "test")})
     suite = read_prompts.__wrapped__(str(tmp_path))

@@ -233,7 +233,8 @@ def test_unreadable_checkpoints_are_named(task, tmp_path, content):
         torch.save([torch.zeros(2)], file)
     else:
         file.write_bytes(b"garbage" if content == "garbage" else b"")
-    with pytest.raises(ZooError, match="net0.pt"):
+    reason = "holds more than tensors" if content in ("module", "code") else ""
+    with pytest.raises(ZooError, match=f"net0.pt.*{reason}"):
         import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, progress=False)
 
 

@@ -158,6 +158,8 @@ def test_what_is_missing_is_told_with_every_place(files, monkeypatch, name, plac
         sources.load(name)
     for words in (*places, "data.download is off", "data.root=FOLDER", "data.download=true"):
         assert words in str(caught.value)
+    looked = str(caught.value).partition("Looked in: ")[2].partition(", and under")[0].split(", ")
+    assert len(set(looked)) == len(looked)
 
 
 def test_the_configured_folder_comes_before_the_usual_one(files, tmp_path):

@@ -3,6 +3,7 @@
 from dataclasses import fields, replace
 
 import pytest
+from torch import nn
 
 from Gpt.catalogue.adapters import TASKS
 from Gpt.diffusion.objectives import FlowMatching
@@ -42,13 +43,26 @@ def test_every_setting_is_read_by_a_judge():
 
 
 @pytest.mark.parametrize("judge", JUDGES)
-def test_a_setting_that_does_nothing_is_refused(judge):
+def test_a_setting_that_does_nothing_is_refused(judge, task):
+    normalised = replace(task, constructor=lambda: nn.BatchNorm1d(3), symmetry=None)
     others = {"optimiser_steps": 9, "samples_per_prompt": 3, "soup": 7, "recalibrate": True, "prompts": 3}
-    judge.check(EvaluationConfig(label="other", max_batch=7, guidance=2.0, seed=3, beside=("runs/a",)))
+    judge.check(EvaluationConfig(label="other", max_batch=7, guidance=2.0, seed=3, beside=("runs/a",)), task)
     for name, value in others.items():
         config = EvaluationConfig(**{name: value})
         if name in judge.settings:
-            judge.check(config)
+            judge.check(config, normalised)
         else:
             with pytest.raises(ConfigError, match=f"evaluation.{name}={value} does nothing .*{judge.name}.*label"):
-                judge.check(config)
+                judge.check(config, normalised)
+
+
+def test_there_must_be_something_to_recalibrate_before_anything_is_trained(task):
+    config, normalised = (
+        EvaluationConfig(recalibrate=True),
+        replace(task, constructor=lambda: nn.BatchNorm1d(3), symmetry=None),
+    )
+    WholeJudge.check(config, normalised)
+    with pytest.raises(ConfigError, match="no batch-norm statistics"):
+        WholeJudge.check(config, task)
+    with pytest.raises(ConfigError, match="no training data"):
+        WholeJudge.check(config, replace(normalised, train_data_fn=None))

@@ -136,6 +136,17 @@ def test_logarithmic_axes_only_for_positive_losses_that_span_a_decade():
     assert scales == ["log", "linear", "linear", "linear"]
 
 
+def test_a_set_of_networks_has_one_marker_in_all_figures(synthetic_results):
+    def looks(axis):
+        handles, labels = axis.get_legend_handles_labels()
+        return {label: (h.get_marker(), h.get_color()) for h, label in zip(handles, labels, strict=True)}
+
+    alone = looks(figures.wrong_predictions(synthetic_results).axes[0])
+    beside, overlaps = map(looks, figures.novelty(synthetic_results).axes)
+    assert len(set(beside.values())) == len(beside) == len(synthetic_results.novelty)
+    assert alone.items() <= overlaps.items() <= beside.items()
+
+
 def test_copies_have_no_place_on_the_logarithmic_axis_of_distances(synthetic_results):
     axis = figures.wrong_predictions(synthetic_results).axes[0]
     labels = axis.get_legend_handles_labels()[1]

@@ -49,7 +49,9 @@ def test_units():
     assert [format_seconds(s) for s in (None, 2e-5, 0.0123, 42.0, 1200.0, 7.2e4)] == [
         "", "20.0 µs", "12.3 ms", "42.0 s", "20.0 min", "20.0 h",
     ]  # fmt: skip
-    assert [format_flops(f) for f in (None, 12.0, 3.4e9, 8.1e13)] == ["", "12 FLOP", "3.40 GFLOP", "81.0 TFLOP"]
+    assert [format_flops(f) for f in (None, 12.0, 568320.0, 3.4e9, 8.1e13)] == [
+        "", "12 FLOP", "568 kFLOP", "3.40 GFLOP", "81.0 TFLOP",
+    ]  # fmt: skip
     assert metric_label("test_error") == "test error (%)"
     assert metric_label("test_loss") == "test loss"
 

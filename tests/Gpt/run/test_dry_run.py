@@ -10,12 +10,18 @@ import pytest
 import torch
 
 import main
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.peft_io import save_adapter
+from Gpt.adapters.spec import AdapterSpec, adapter_structure
+from Gpt.adapters.user import PromptSet, write_prompts
+from Gpt.catalogue.adapters import adapter_entry
 from Gpt.errors import ConfigError
+from Gpt.recipes import AdapterRecipe
 from Gpt.run import dry_run
 from Gpt.run.command_line import compose
 from Gpt.run.dry_run import BLOCKED, CHECKS, Rehearsal, run_checks
 from Gpt.run.experiment import Experiment
-from Gpt.tasks import get_task
+from Gpt.tasks import check_entry, get_task
 
 SMALL = [
     "zoo.runs=48", "zoo.test_runs=8", "zoo.validation_runs=8", "zoo.shard_runs=16", "zoo.snapshots=4",
@@ -198,6 +204,28 @@ def test_tasks_that_import_their_zoo_need_its_source(empty):
     assert not troubles(checks)
     assert "made afresh" in checks["zoo's networks"].size
     assert [*everything(empty)] == ["networks"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft reads it of transformers
+def test_adapters_to_be_imported_are_read(empty):
+    pytest.importorskip("peft")
+    sets = [PromptSet(name, (f"{name}?",), ("yes",)) for name in ("a", "b", "c")]
+    write_prompts("prompts", {"train": sets, "test": sets})
+    family = AdapterFamily(
+        "prompts", unseen_rules=1, unseen_combinations=0, validation=1, train_examples=2, examples=2, prompts=1,
+        encoder="hash",
+    )  # fmt: skip
+    spec = AdapterSpec(rank=2, targets=("q_proj",))
+    size = adapter_structure("tiny", spec).size
+    for name in ("a", "b", "c"):
+        save_adapter(f"adapters/{name}", torch.zeros(size), spec, "tiny")
+    entry = adapter_entry(family, AdapterRecipe("tiny", spec)) | {"checkpoints": "adapters"}
+    mine = {"name": "lora_tiny", "task": check_entry("mine", entry)}
+    checks = found("logger=disabled", "trainer.batch_size=2", **mine)
+    assert not troubles(checks) and checks["zoo"].size.startswith("4 runs of 3 adapters to be imported")
+    (empty / "adapters" / "b").rename(empty / "away")
+    told = troubles(found("logger=disabled", **mine))
+    assert [*told] == ["zoo"] and "no sub-folder 'b'" in told["zoo"]
 
 
 def test_a_run_of_other_settings_in_the_folder_is_refused(empty):

@@ -1,5 +1,6 @@
 """The parts of a run: every configuration has them, and what does not fit together is named early."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 
 import main
+from Gpt.adapters.spec import AdapterSpec, adapter_structure
+from Gpt.catalogue.adapters import adapter_entry
 from Gpt.errors import ConfigError, TaskError
+from Gpt.population.functional import Population
 from Gpt.run.command_line import CONFIGS, compose
 from Gpt.run.experiment import Experiment
 from Gpt.tasks import TASK_METADATA, check_entry
@@ -29,7 +33,8 @@ def experiment(*settings: str, name: str = "digits_loss") -> Experiment:
     [
         (["task=digits_los"], TaskError, ["digits_los", "'digits_loss'", "task_modules"]),
         (["task_modules=[mine.py]"], TaskError, ["mine.py", "no file"]),
-        (["zoo.recipe={epoch: 2}"], ConfigError, ["zoo.recipe", "'epoch'", "'epochs'"]),
+        (["zoo.recipe={epoch: 2}"], ConfigError, ["'zoo.recipe.epoch'", "'epochs'"]),
+        (["zoo.recipe={epochs: ten}"], ConfigError, ["zoo.recipe.epochs='ten'", "integer"]),
         (["generator.name=gtp"], ConfigError, ["generator.name=gtp", "'gpt'"]),
         (["objective.name=flows"], ConfigError, ["objective.name=flows", "'flow'"]),
         (["condition.names=[target_metrics]"], ConfigError, ["condition.names", "'target_metric'"]),
@@ -47,6 +52,47 @@ def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch,
     with pytest.raises(error) as caught:
         _ = wrong.task, wrong.generator, wrong.zoo
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_base_rank_targets_and_form_of_adapters_are_settings():
+    pytest.importorskip("transformers")
+    plain = experiment(name="lora_tiny").task
+    spec = "spec: {rank: 2, alpha: 3, targets: [q_proj, up_proj], dora: true}"
+    task = experiment(f"zoo.recipe={{{spec}, iterations: 7}}", name="lora_tiny").task
+    assert task.recipe.spec == AdapterSpec(2, 3, ("q_proj", "up_proj"), dora=True)
+    assert (task.recipe.base, task.recipe.learning_rate) == (plain.recipe.base, plain.recipe.learning_rate)
+    assert task.structure.fingerprint == adapter_structure("tiny", task.recipe.spec).fingerprint
+    other = Population(task.template, task.structure, torch.zeros(1, task.structure.size))
+    before = Population(plain.template, plain.structure, torch.zeros(1, plain.structure.size))
+    other.weights[:] = task.structure.flatten(task.template.state_dict())
+    assert float(task.score(other, "test")) == float(plain.score(before, "test")), "both are the base model"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("{spec: {rang: 2}}", "'zoo.recipe.spec.rang'; did you mean 'rank'"),
+        ("{spec: {rank: 0}}", "rank and alpha must be positive"),
+        ("{spec: {targets: [v]}}", "adapter targets ['v']: the base model's linear layers are"),
+        ("{own_a: true}", "set spec.train_a=true"),
+        ("{base: /nowhere/nothing}", "base model '/nowhere/nothing' cannot be read"),
+    ],
+)
+def test_wrong_forms_of_adapters_are_named(recipe, words):
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        _ = experiment(f"zoo.recipe={recipe}", name="lora_tiny").task.structure
+
+
+def test_no_adapter_is_trained_without_the_model_that_reads_prompts(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("Gpt.text.BUNDLED", "no_such_package")
+    assert experiment(name="lora_tiny").task.family.encoder == "hash"
+    family = replace(TASK_METADATA["lora_tiny"]["family"], encoder="sentences")
+    entry = adapter_entry(family, TASK_METADATA["lora_tiny"]["recipe"])
+    monkeypatch.setitem(TASK_METADATA, "lora_tiny_tokens", entry)
+    with pytest.raises(ConfigError, match=r"gpt-weights\[text\]"):
+        _ = experiment(name="lora_tiny").task
 
 
 @pytest.mark.parametrize("argument", ["generator.sampler=ddpm", "logger=swanlab"])
