@@ -24,7 +24,6 @@ Optional keys:
     correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty
     behaviour           a `Gpt.behaviour.Behaviour`: what distillation compares networks by (default: the predictions
                         of classifiers on training inputs)
-    conditions          names of the conditions the task can be prompted with (default ("target_metric",))
     family              a `Gpt.masks.MaskSplit`: not one task but one for each class mask. task_test_fn and correct_fn
                         take the mask as last item of the data, (x, y, mask, net), Bool [classes], or [P, classes] with
                         a Population; run r of the zoo is trained on the mask `family.mask_of_runs` gives it.
@@ -87,7 +86,6 @@ class Task:
     zoo: str | None = None
     correct_fn: Callable[..., Tensor] | None = None
     behaviour: Behaviour | None = None
-    conditions: tuple[str, ...] = ("target_metric",)
     family: MaskSplit | AdapterFamily | None = None
     vocabulary: str | None = None
 
@@ -295,7 +293,6 @@ _EXPECTED = {
     "zoo": "a string",
     "correct_fn": "a function (*data, net) -> bool tensor [N]",
     "behaviour": "a Gpt.behaviour.Behaviour",
-    "conditions": "a tuple of condition names",
     "family": "a Gpt.masks.MaskSplit or Gpt.adapters.family.AdapterFamily",
     "vocabulary": "a string",
 }
@@ -318,8 +315,6 @@ def _check_value(name: str, key: str, value: Any) -> None:
         ok = isinstance(value, Mapping) and all(isinstance(groups, tuple) for groups in value.values())
     elif key == "family":
         ok = isinstance(value, MaskSplit | AdapterFamily)
-    elif key == "conditions":
-        ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     else:
         ok = isinstance(value, str)
     if not ok:

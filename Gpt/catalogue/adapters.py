@@ -30,7 +30,6 @@ def adapter_entry(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any
         "batched": True,
         "recipe": recipe,
         "family": family,
-        "conditions": ("text",),
     }
 
 

@@ -42,7 +42,6 @@ def _mask_family(
     return _classification(data, "error", constructor, recipe, 0.0, 0.0) | {
         "task_test_fn": mask_error,
         "correct_fn": mask_correct,
-        "conditions": ("class_mask",),
         "family": family,
         "vocabulary": vocabulary,
         "zoo": None,

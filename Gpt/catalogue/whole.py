@@ -79,7 +79,6 @@ def _cifar10(
         "symmetry": None if large else Cnn.symmetry,
         "metric": "error",
         "batched": not large,
-        "conditions": (),
         "recipe": recipe,
     }
 

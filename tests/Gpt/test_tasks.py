@@ -53,7 +53,6 @@ def registry(monkeypatch):
 def test_the_required_keys_are_enough():
     task = check_entry("regression", ENTRY).verify()
     assert (task.metric, task.batched, task.zoo_name) == ("metric", False, "regression")
-    assert task.conditions == ("target_metric",)
     assert task.structure.size == 4 * 3 + 3 + 3 + 1
     assert torch.equal(task.score(task.template, "test"), regression(*data(0), task.template))
     assert torch.equal(task.data("validation")[0], task.data("test")[0])
@@ -97,7 +96,7 @@ def test_a_missing_key_is_named_with_what_is_expected(key):
         ("minimize", 1), ("best_prompt", "zero"), ("best_prompt", float("nan")), ("best_prompt", True),
         ("recursive_prompt", None), ("symmetry", [("fc1.weight", "hidden")]), ("symmetry", {"fc1.weight": "hidden"}),
         ("metric", "accuracy"), ("batched", "yes"), ("train_data_fn", 3), ("recipe", {"epochs": 3}), ("checkpoints", 3),
-        ("zoo", 3), ("correct_fn", "yes"), ("conditions", "target_metric"), ("conditions", ("target_metric", 3)),
+        ("zoo", 3), ("correct_fn", "yes"),
     ],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_named_with_what_is_expected(key, value):
@@ -337,5 +336,5 @@ def test_the_data_of_a_family_end_with_its_first_held_out_mask():
         near, far = (check_entry(n, TASK_METADATA[n]) for n in (name, f"{name}_far"))
         assert near.family.radius == 0 and far.family.radius == 1
         assert near.zoo_name != far.zoo_name
-        assert near.recipe.shared_init and near.conditions == ("class_mask",)
+        assert near.recipe.shared_init
         assert near.vocabulary in CLASSES
