@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_gen.adapters import train_adapter_population
 from data_gen.background import Background, background
-from data_gen.ppo import train_ppo_population
+from data_gen.ppo import ACTOR_SIZE, train_ppo_population
 from data_gen.single import total_iterations_of, train_one_by_one
 from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards, sources
@@ -71,7 +71,7 @@ def total_iterations(task: Task) -> int:
     """Length of a complete run of the task's recipe.
 
     Raises:
-        TaskError: the task has no recipe.
+        TaskError: the task has no recipe, or one for another architecture.
     """
     recipe = _recipe(task)
     if isinstance(recipe, PpoRecipe | AdapterRecipe):
@@ -84,6 +84,11 @@ def _recipe(task: Task) -> Recipe:
         raise TaskError(
             f"task {task.name!r} has no recipe, so no zoo can be collected for it; add the key 'recipe' (and "
             "train_data_fn), or import checkpoints"
+        )
+    if isinstance(task.recipe, PpoRecipe) and task.structure.size != ACTOR_SIZE:
+        raise TaskError(
+            f"task {task.name!r}: key 'recipe' is a PpoRecipe, which trains Gpt.networks.CartPoleActor alone; "
+            "make that the constructor, or import checkpoints"
         )
     return task.recipe
 
@@ -167,7 +172,7 @@ def collect(
 
     Raises:
         ZooError: the folder holds a zoo with other settings, or the disk is full.
-        TaskError: the task has no recipe.
+        TaskError: the task has no recipe, or one for another architecture.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
     """
     check_positive(runs=runs, shard_runs=shard_runs, population=population or shard_runs)

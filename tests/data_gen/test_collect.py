@@ -336,6 +336,11 @@ def test_a_task_without_recipe_is_named(make_task, tmp_path):
         gather(make_task(mlp, recipe=None), tmp_path)
 
 
+def test_a_recipe_for_policies_trains_no_other_network(make_task, tmp_path):
+    with pytest.raises(TaskError, match="task 'toy': key 'recipe' is a PpoRecipe, which trains .*CartPoleActor"):
+        gather(make_task(mlp, recipe=PpoRecipe()), tmp_path)
+
+
 def test_a_family_is_collected_on_its_masks_and_keeps_apart_from_other_splits(make_task, tmp_path):
     family = MaskSplit(held_out=2, validation=1)
     task = make_task(lambda: nn.Linear(6, 2), task_test_fn=mask_error, metric="error", family=family)

@@ -54,7 +54,7 @@ def test_every_entry_is_a_task_with_images_of_its_networks_size(name, cifar):
         right = task.correct_fn(*task.data("test"), task.template)
     assert error.item() == pytest.approx(100 * (1 - right.float().mean().item()))
     assert isinstance(task.recipe, SingleRecipe) != (name in ("cifar10_cnn_small", "cifar10_cnn_medium"))
-    assert loss.isfinite() and task.conditions == ()
+    assert loss.isfinite()
 
 
 def test_large_networks_are_scored_in_parts_with_the_same_result(monkeypatch):

@@ -55,7 +55,6 @@ def task() -> Task:
         "metric": "error",
         "batched": True,
         "recipe": SupervisedRecipe(epochs=1, batch_size=10, shared_init=True),
-        "conditions": ("class_mask",),
         "family": FAMILY,
     }
     return check_entry("one_hot_masks", entry).verify()
