@@ -6,6 +6,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+_TWO_HIDDEN_LAYERS = {
+    "fc1.weight": ("hidden1", None),
+    "fc1.bias": ("hidden1",),
+    "fc2.weight": ("hidden2", "hidden1"),
+    "fc2.bias": ("hidden2",),
+    "fc3.weight": (None, "hidden2"),
+}
+
+
 class MLP(nn.Module):
     """Fully connected ReLU classifier `inputs-hidden-classes` (G.pt: 784-10-10, 7,960 parameters)."""
 
@@ -23,13 +32,7 @@ class MLP(nn.Module):
 class DeepMLP(nn.Module):
     """Fully connected ReLU classifier 64-16-16-10 with two hidden layers, 1,482 parameters."""
 
-    symmetry = {
-        "fc1.weight": ("hidden1", None),
-        "fc1.bias": ("hidden1",),
-        "fc2.weight": ("hidden2", "hidden1"),
-        "fc2.bias": ("hidden2",),
-        "fc3.weight": (None, "hidden2"),
-    }
+    symmetry = _TWO_HIDDEN_LAYERS
 
     def __init__(self):
         super().__init__()
@@ -69,13 +72,7 @@ class CartPoleActor(nn.Module):
     1,250 parameters; orthogonal initialisation (gain sqrt 2, last layer 0.01), `log_std` 0.
     """
 
-    symmetry = {
-        "fc1.weight": ("hidden1", None),
-        "fc1.bias": ("hidden1",),
-        "fc2.weight": ("hidden2", "hidden1"),
-        "fc2.bias": ("hidden2",),
-        "fc3.weight": (None, "hidden2"),
-    }
+    symmetry = _TWO_HIDDEN_LAYERS
 
     def __init__(self):
         super().__init__()
