@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 _TWO_HIDDEN_LAYERS = {
     "fc1.weight": ("hidden1", None),
     "fc1.bias": ("hidden1",),
