@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from Gpt import cuda_graphs, training
@@ -12,13 +13,16 @@ from Gpt.checkpoint import CheckpointFolder
 from Gpt.conditions import Conditions
 from Gpt.cuda_graphs import Graphed, GraphedGradient
 from Gpt.diffusion.objectives import DDPM, FlowMatching
+from Gpt.distillation import DistillationConfig, distillation
 from Gpt.generator import Batch
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.models.paper_generator import PaperConfig, PaperGpt
 from Gpt.networks import MLP
+from Gpt.population.functional import stack_initial
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
 from Gpt.structure import Structure
+from Gpt.tasks import get_task
 from Gpt.training import TrainerConfig
 
 
@@ -201,3 +205,43 @@ def test_training_is_that_of_the_eager_loop(device, kind, monkeypatch, tmp_path)
         trained.append(made.state_dict())
     for name, expected in trained[0].items():
         torch.testing.assert_close(trained[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+class RecordableOnly(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: values read back, and tensors made from values of the host."""
+
+    REFUSED = ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masked = function.name() == "aten::index.Tensor" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        refused = masked or function.name() in self.REFUSED
+        assert not refused, f"{function.name()} in a step that is to be recorded"
+        return function(*args, **(kwargs or {}))
+
+
+REFUSED = [lambda x: x * torch.tensor([2.0]), lambda x: x * x.sum().item(), lambda x: x[x > 0]]
+
+
+@pytest.mark.parametrize("operation", REFUSED, ids=["from the host", "to the host", "as many as there are"])
+def test_what_cannot_be_recorded_is_found_without_a_gpu(operation):
+    with RecordableOnly(), pytest.raises(AssertionError, match="in a step that is to be recorded"):
+        operation(torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["digits_loss", "digits_deep_loss", "digits_mask", "cartpole"])
+def test_steps_with_behaviour_can_be_recorded(name):
+    """Warm-ups may fetch data and keep it; after them a step works on the device alone."""
+    task = get_task(name)
+    term = DistillationConfig(weight=1.0, loss_weight=0.0 if name == "cartpole" else 1.0, examples=4)
+    made = Gpt(task.structure, Conditions({"target_metric": 2}, 16, 0.1), FlowMatching(), GptConfig(16, 2, 2))
+    made.distillation = distillation(task, term)
+    networks = stack_initial(task.constructor, task.structure, range(8))
+    batch = Batch(networks[4:], networks[:4], {"target_metric": torch.rand(4, 2, generator=rng("cpu", 0))})
+    batch.masks = torch.ones(4, 10) if name == "digits_mask" else None
+    draws = rng("cpu", 1)
+    for _ in range(cuda_graphs.WARM_UPS):
+        made.loss(batch, draws).backward()
+    with RecordableOnly():
+        made.loss(batch, draws).backward()
