@@ -39,11 +39,17 @@ class Place:
 
 
 class PromptPool(nn.Module):
-    """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is."""
+    """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is.
+
+    Every state goes through a network of its own before it meets the others: what one sentence says is recognised
+    without a look at those that it has always come with, and holds in new company.
+    """
 
     def __init__(self, features: int, width: int, latents: int, heads: int):
         super().__init__()
-        self.read = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width))
+        self.read = nn.Sequential(
+            nn.LayerNorm(features), nn.Linear(features, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
         self.query_norm, self.prompt_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)

@@ -237,7 +237,7 @@ def test_steps_with_behaviour_can_be_recorded(name):
     term = DistillationConfig(weight=1.0, loss_weight=0.0 if name == "cartpole" else 1.0, examples=4)
     made = Gpt(task.structure, Conditions({"target_metric": 2}, 16, 0.1), FlowMatching(), GptConfig(16, 2, 2))
     made.distillation = distillation(task, term)
-    networks = stack_initial(task.constructor, task.structure, range(8))
+    networks = stack_initial(task.constructor, task.structure, [*range(8)])
     batch = Batch(networks[4:], networks[:4], {"target_metric": torch.rand(4, 2, generator=rng("cpu", 0))})
     batch.masks = torch.ones(4, 10) if name == "digits_mask" else None
     draws = rng("cpu", 1)
