@@ -68,14 +68,21 @@ class GraphedGradient:
     A call leaves in `p.grad` the tensors that every call leaves there, overwritten: use them before the next one.
 
     Args:
-        loss: `(batch, rng) -> scalar`; must not depend on `batch.progress`.
+        loss: `(batch, rng) -> scalar`; may depend on `batch.progress` through the phase alone.
         parameters: what is differentiated by.
+        phase: of a batch; with another one, the loss is recorded anew.
     """
 
-    def __init__(self, loss: Callable[[Batch, torch.Generator], Tensor], parameters: Sequence[nn.Parameter]):
-        self._loss, self._parameters = loss, list(parameters)
+    def __init__(
+        self,
+        loss: Callable[[Batch, torch.Generator], Tensor],
+        parameters: Sequence[nn.Parameter],
+        phase: Callable[[Batch], int] = lambda batch: 0,
+    ):
+        self._loss, self._parameters, self._phase = loss, list(parameters), phase
         self._rng = torch.Generator(self._parameters[0].device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded_phase = 0
         self._own: list[Tensor] = []
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> Tensor:
@@ -84,7 +91,8 @@ class GraphedGradient:
         Batches must have the shapes of the first one.
         """
         tensors = _tensors(batch)
-        if self._graph is None:
+        if self._graph is None or self._recorded_phase != self._phase(batch):
+            self._graph, self._recorded_phase = None, self._phase(batch)  # its memory is free for the next one
             self._own = [x.clone() for x in tensors]
             own = _with_tensors(batch, self._own)
             self._graph, self._value = record(lambda: self._differentiate(own), self._rng.device, self._rng)

@@ -10,10 +10,11 @@ an estimated network worse than the ones that it is estimated from, and miss the
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.func import functional_call, vmap
 
@@ -35,11 +36,14 @@ class DistillationConfig:
         weight: of the divergence; 0 to learn from weights alone.
         loss_weight: of the difference of the two losses, whatever its sign, as a multiple of `weight`.
         examples: drawn at random for every batch; all its networks see the same ones.
+        after: share of the training that is spent on weights alone before; while estimates are far off, what they do
+            says little about how to improve them, and its steep gradients are in the way.
     """
 
     weight: NonNegativeFloat = 0.0
     loss_weight: NonNegativeFloat = 0.0
     examples: PositiveInt = 128
+    after: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 def distillation(task: Task, config: DistillationConfig) -> Distillation:

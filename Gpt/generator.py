@@ -66,7 +66,8 @@ class Generator(nn.Module):
     Attributes:
         needs_start: whether it updates given networks instead of writing them from noise.
         augment: whether training must rename hidden units at random, because the network is not equivariant by itself.
-        distils: whether `loss` can include a distillation term; then `distillation` may be set.
+        distils: whether `loss` can include a distillation term; then `distillation` may be set, which joins after the
+            share `distils_after` of the training.
         mixed_precision: sample under bfloat16 autocast, as trained.
         graphs: replay `loss` and the steps of sampling as CUDA graphs (`Gpt.cuda_graphs`); `compile_networks` sets it
             where they do the same device work at every call.
@@ -82,6 +83,7 @@ class Generator(nn.Module):
     distils: bool = False
     augment: bool = False
     distillation: Distillation | None = None
+    distils_after: float = 0.0
     mixed_precision: bool = False
     graphs: bool = False
     reads_prompt_sets: bool = False
@@ -124,8 +126,14 @@ class Generator(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define loss")
 
     def _distilled(self, batch: Batch, decode: Callable[[], Tensor], rng: torch.Generator) -> Tensor | float:
-        """The distillation term of `loss`, if there is to be one, for estimated weights `decode()`."""
-        return 0.0 if self.distillation is None else self.distillation(batch, decode(), rng)
+        """The distillation term of `loss`, if there is to be one by now, for estimated weights `decode()`."""
+        if self.distillation is None or not self.phase(batch):
+            return 0.0
+        return self.distillation(batch, decode(), rng)
+
+    def phase(self, batch: Batch) -> int:
+        """How far the training is, for losses that gain terms on the way: 1 once distillation counts, before it 0."""
+        return int(batch.progress >= self.distils_after)
 
     def write(
         self,

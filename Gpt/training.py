@@ -228,7 +228,7 @@ class Backward:
         in_parts = isinstance(generator, FSDPModule)
         self._parallel = DistributedDataParallel(self._loss) if distributed.world() > 1 and not in_parts else None
         graphs = generator.graphs and config.slices == 1 and device.type == "cuda"
-        self._graphed = GraphedGradient(self._mixed, list(generator.parameters())) if graphs else None
+        self._graphed = GraphedGradient(self._mixed, list(generator.parameters()), generator.phase) if graphs else None
 
     def __call__(self, batch: Batch, noise: torch.Generator, final: bool) -> Tensor:
         """The slice's part of the mean loss of the batch, detached."""

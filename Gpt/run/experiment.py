@@ -207,6 +207,7 @@ class Experiment:
                 name = self.config.generator["name"]
                 raise ConfigError(f"generator.name={name} learns from weights alone; set distillation.weight=0")
             generator.distillation = distillation(self.task, self.config.distillation)
+            generator.distils_after = self.config.distillation.after
         return generator
 
     @cached_property

@@ -146,6 +146,23 @@ def test_the_gradient_is_that_of_the_loss_with_the_same_draws(device, with_start
             net.weight.sub_(0.1 * gradient)
 
 
+def test_another_phase_is_recorded_anew(device, monkeypatch):
+    net = layer(device)
+    monkeypatch.setattr(StandIn, "parameters", [*net.parameters()])
+    target = torch.ones(4, 3, device=device)
+
+    def phase(batch):
+        return int(batch.progress >= 0.5)
+
+    graphed = GraphedGradient(
+        lambda batch, rng: net(batch.target).sum() * (1 + phase(batch)), [*net.parameters()], phase
+    )
+    for progress in (0.0, 0.4, 0.5, 0.9):
+        graphed(Batch(target, progress=progress), rng(device, 0))
+        expected = torch.full_like(net.weight, 4.0 if progress < 0.5 else 8.0)
+        torch.testing.assert_close(net.weight.grad, expected)
+
+
 STRUCTURE = Structure.of(MLP(6, 5, 3), MLP.symmetry)
 
 

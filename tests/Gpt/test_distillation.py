@@ -88,6 +88,8 @@ def test_joins_the_loss_of_both_generators(task, networks):
         seen = []
         generator.distillation = lambda batch, estimate, draws, seen=seen: seen.append((estimate, batch.target)) or 0.25
         torch.testing.assert_close(generator.loss(batch, rng("cpu", 1)), plain + 0.25)
+        generator.distils_after, batch.progress = 0.5, 0.49  # its time has not come
+        torch.testing.assert_close(generator.loss(batch, rng("cpu", 1)), plain)
         ((estimate, target),) = seen
         assert torch.equal(target, batch.target)
         assert estimate.shape == target.shape
