@@ -43,7 +43,7 @@ class DistillationConfig:
     weight: NonNegativeFloat = 0.0
     loss_weight: NonNegativeFloat = 0.0
     examples: PositiveInt = 128
-    after: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    after: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
 def distillation(task: Task, config: DistillationConfig) -> Distillation:
