@@ -38,8 +38,8 @@ SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run of a foreign zoo: how to read its `[snapshots, D]` weights, and the columns it brings."""
+class ForeignRun:
+    """One run of a zoo made elsewhere: how to read its `[snapshots, D]` weights, and the columns it brings."""
 
     name: str
     snapshots: int
@@ -47,42 +47,54 @@ class _Run:
     columns: dict[str, list[float]] = field(default_factory=dict)
 
 
-def import_lmdb(folder: str | Path, path_out: str | Path, task: Task, **options: Any) -> None:
-    """Convert a zoo in the format of G.pt (Peebles et al. 2022): LMDB environments with a runs.json each.
+def import_zoo(folder: str | Path, path_out: str | Path, task: Task, **options: Any) -> None:
+    """Convert a zoo made elsewhere, of either kind that `foreign_runs` knows, to `path_out`.
+
+    Args:
+        options: `dtype`, `shard_runs`, `max_weight`, `device`, `progress`, as for collecting a zoo.
+
+    Raises:
+        ZooError, StructureError: as `foreign_runs` and what it returns.
+    """
+    _store(Path(folder), Path(path_out), task, foreign_runs(folder, task.structure), **options)
+
+
+def foreign_runs(folder: str | Path, structure: Structure) -> list[ForeignRun]:
+    """The runs in a folder, not read yet: those of G.pt's LMDB environments where there is a runs.json, otherwise those
+    of checkpoints."""
+    kind = lmdb_runs if any(Path(folder).glob("*/runs.json")) else checkpoint_runs
+    return kind(Path(folder), structure)
+
+
+def lmdb_runs(folder: Path, structure: Structure) -> list[ForeignRun]:
+    """A zoo in the format of G.pt (Peebles et al. 2022): LMDB environments with a runs.json each.
 
     Both layouts are read: one folder per run, and folders that hold several runs. Runs are numbered from the last name
     to the first, because G.pt's test split is at the end and ours at the start. Each run was saved at iterations of its
     own, so snapshots are numbered 0, 1, 2 … instead. Runs with another number of snapshots than most are dropped.
-
-    Args:
-        options: `dtype`, `shard_runs`, `max_weight`, `device`, `progress`, as for collecting a zoo.
 
     Raises:
         ZooError: the package lmdb is missing, the folder holds no such zoo, or a run is damaged; names the folder.
         StructureError: the networks are of another architecture than the task's.
     """
     _lmdb()
-    found = (run for file in _run_indices(Path(folder)) for run in _lmdb_runs(file, task.structure))
+    found = (run for file in _run_indices(folder) for run in _lmdb_runs(file, structure))
     runs = sorted(found, key=attrgetter("name"))
     if not runs:
-        raise ZooError(f"{folder} holds no zoo of G.pt: there is no sub-folder with a runs.json and a data.mdb")
-    _store(Path(folder), Path(path_out), task, runs[::-1], **options)
+        raise ZooError(f"{folder} holds no zoo of G.pt: no sub-folder has both a runs.json and a data.mdb")
+    return runs[::-1]
 
 
-def import_checkpoints(folder: str | Path, path_out: str | Path, task: Task, **options: Any) -> None:
-    """Convert a folder of state_dicts (.pt, .pth, .bin, .safetensors), in any order of keys.
+def checkpoint_runs(folder: Path, structure: Structure) -> list[ForeignRun]:
+    """A folder of state_dicts (.pt, .pth, .bin, .safetensors), in any order of keys.
 
     Each sub-folder is a run and its files are the snapshots, in the order of their names with numbers taken as numbers.
     Where the folder holds the files itself, every file is a run of one snapshot.
-
-    Args:
-        options: `dtype`, `shard_runs`, `max_weight`, `device`, `progress`, as for collecting a zoo.
 
     Raises:
         ZooError: there are no checkpoints, or a file cannot be read; names it.
         StructureError: a file's tensors are not those of the task's architecture; names file and tensor.
     """
-    folder = Path(folder)
     flat = _checkpoints(folder)
     nested = [sub for sub in sorted(folder.glob("*/"), key=_natural) if _checkpoints(sub)]
     if bool(flat) == bool(nested):
@@ -91,15 +103,14 @@ def import_checkpoints(folder: str | Path, path_out: str | Path, task: Task, **o
             f"({', '.join(SUFFIXES)}); put each run's files into a sub-folder, or one file per run into this folder"
         )
     groups = [(file.name, [file]) for file in flat] or [(sub.name, _checkpoints(sub)) for sub in nested]
-    runs = [_Run(name, len(files), partial(_read_checkpoints, files, task.structure)) for name, files in groups]
-    _store(folder, Path(path_out), task, runs, **options)
+    return [ForeignRun(name, len(files), partial(_read_checkpoints, files, structure)) for name, files in groups]
 
 
 def _store(
     folder: Path,
     path_out: Path,
     task: Task,
-    runs: list[_Run],
+    runs: list[ForeignRun],
     *,
     dtype: str = "float32",
     shard_runs: int = 256,
@@ -142,7 +153,7 @@ def _store(
 
 
 def _complete(
-    task: Task, weights: Float[Tensor, "runs snapshots D"], runs: list[_Run], device: torch.device | str
+    task: Task, weights: Float[Tensor, "runs snapshots D"], runs: list[ForeignRun], device: torch.device | str
 ) -> dict[str, Float[Tensor, "runs snapshots"]]:
     """The columns that every run brings; those of the validation and test split that none brings are measured."""
     names = set.intersection(*(set(run.columns) for run in runs))
@@ -184,7 +195,7 @@ def _run_indices(folder: Path) -> Iterator[Path]:
     return (file for file in folder.glob("*/runs.json") if (file.parent / "data.mdb").is_file())
 
 
-def _lmdb_runs(index: Path, structure: Structure) -> Iterator[_Run]:
+def _lmdb_runs(index: Path, structure: Structure) -> Iterator[ForeignRun]:
     """The runs of one environment; fused environments have one more level in their index, the run's name."""
     try:
         fields = json.loads(index.read_text())
@@ -196,7 +207,7 @@ def _lmdb_runs(index: Path, structure: Structure) -> Iterator[_Run]:
                 for theirs, ours in LMDB_COLUMNS.items()
                 if keys and all(theirs in run["checkpoints"][key] for key in keys)
             }
-            yield _Run(name, len(keys), partial(_read_lmdb, index.parent, keys, structure), columns)
+            yield ForeignRun(name, len(keys), partial(_read_lmdb, index.parent, keys, structure), columns)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ZooError(f"{index} is not an index of G.pt runs ({error!r}); remove or refetch that folder") from error
 

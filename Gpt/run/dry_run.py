@@ -23,6 +23,7 @@ from data_gen.memory import Trained
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import read_library
 from Gpt.data import shards
+from Gpt.data.importers import foreign_runs
 from Gpt.data.shards import DTYPES
 from Gpt.data.views import align_runs
 from Gpt.data.zoo import Zoo
@@ -119,7 +120,7 @@ class Rehearsal(Experiment):
     @property
     def planned(self) -> dict[str, int]:
         """Networks of each split that the zoo will have; those of an imported one are not known before."""
-        settings, (test, validation) = self.config.zoo, self._held_out
+        settings, (test, validation) = self.config.zoo, self.held_out
         total = settings.runs * (len(self.iterations) if settings.split == "snapshot" else 1)
         return {"train": total - test - validation, "validation": validation, "test": test}
 
@@ -132,7 +133,7 @@ class Rehearsal(Experiment):
 
     @cached_property
     def zoo(self) -> Zoo:
-        test, validation = self._held_out
+        test, validation = self.held_out
         if self.is_complete and self.iterations:
             return self.opened(self.config.zoo.runs).zoo
         if self.is_complete:
@@ -168,7 +169,7 @@ class Rehearsal(Experiment):
             weights = stack_initial(self.task.constructor, self.task.structure, seeds).to(self.device)
             metrics = score_population(self.task, weights, "validation")
             return weights.unflatten(0, (RUNS, -1)), {name: v.unflatten(0, (RUNS, -1)) for name, v in metrics.items()}
-        first = sum(self._held_out)
+        first = sum(self.held_out)
         schedule = snapshot_schedule(min(ITERATIONS, self.iterations[-1]), snapshots, settings.spacing)
         return train_population(self.task, list(range(first, first + RUNS)), settings.seed, schedule, self.device)
 
@@ -260,7 +261,18 @@ def _imported(run: Rehearsal) -> str:
     if isinstance(run.task.family, AdapterFamily):
         adapters, *_ = read_library(source, run.task)
         return f"{len(adapters):,} runs of {len(set(adapters)):,} adapters to be imported from {source}"
-    return f"to be imported from {source}"
+    runs = foreign_runs(source, run.task.structure)
+    count = sum(foreign.snapshots for foreign in runs) if run.config.zoo.split == "snapshot" else len(runs)
+    test, validation = run.held_out
+    if count <= test + validation:
+        raise ZooError(
+            f"{source} holds {count} networks to share out, {test} for testing and {validation} for validation, which "
+            "leaves none to train on; set fewer zoo.test_runs and zoo.validation_runs"
+        )
+    runs[0].read()
+    return (
+        f"{len(runs):,} runs to be imported from {source}; {runs[0].name}, of {runs[0].snapshots} snapshots, was read"
+    )
 
 
 def _networks_at_hand(run: Rehearsal) -> str:

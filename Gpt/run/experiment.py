@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler
 from Gpt.data.batches import BatchSampler
-from Gpt.data.importers import import_checkpoints, import_lmdb
+from Gpt.data.importers import import_zoo
 from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo, scales
 from Gpt.descriptions import Descriptions
@@ -105,8 +105,8 @@ class Experiment:
         """The zoo as it is to be seen: aligned, or split by snapshot, where the settings say so."""
         zoo = self._plain_zoo
         if self.config.zoo.align:
-            zoo = align_runs(zoo, *self._held_out)
-        return split_by_snapshot(zoo, *self._held_out) if self.config.zoo.split == "snapshot" else zoo
+            zoo = align_runs(zoo, *self.held_out)
+        return split_by_snapshot(zoo, *self.held_out) if self.config.zoo.split == "snapshot" else zoo
 
     @cached_property
     def _plain_zoo(self) -> Zoo:
@@ -117,8 +117,8 @@ class Experiment:
             return collect_in_memory(
                 task,
                 population=settings.population or settings.shard_runs,
-                test_runs=self._held_out[0],
-                validation_runs=self._held_out[1],
+                test_runs=self.held_out[0],
+                validation_runs=self.held_out[1],
                 **self._population,
             )
         if task.checkpoints:
@@ -130,8 +130,8 @@ class Experiment:
             task.structure,
             storage=settings.storage,
             device=self.device,
-            test_runs=self._held_out[0],
-            validation_runs=self._held_out[1],
+            test_runs=self.held_out[0],
+            validation_runs=self.held_out[1],
             runs=settings.runs if task.recipe and not task.checkpoints else None,
         )
 
@@ -148,7 +148,7 @@ class Experiment:
             raise ConfigError("zoo.refresh_every=0 is needed: runs that are aligned or split by snapshot do not change")
 
     @property
-    def _held_out(self) -> tuple[int, int]:
+    def held_out(self) -> tuple[int, int]:
         """Number of test and of validation runs."""
         split: Any = self.task.family or self.config.zoo
         return split.test_runs, split.validation_runs
@@ -184,9 +184,7 @@ class Experiment:
         source, settings = Path(self.task.checkpoints or ""), self.config.zoo
         if self.zoo_folder.exists() and not source.exists():
             return
-        convert: Callable[..., Any] = import_lmdb if any(source.glob("*/runs.json")) else import_checkpoints
-        if isinstance(self.task.family, AdapterFamily):
-            convert = import_adapters
+        convert = import_adapters if isinstance(self.task.family, AdapterFamily) else import_zoo
         convert(
             source,
             self.zoo_folder,

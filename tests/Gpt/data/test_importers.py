@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from Gpt.data import shards
-from Gpt.data.importers import import_checkpoints, import_lmdb
+from Gpt.data.importers import import_zoo
 from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, ZooError
 from Gpt.networks import MLP
@@ -99,7 +99,7 @@ def every(zoo):
 def test_lmdb_round_trip_plain_and_fused(task, tmp_path, groups):
     weights = networks(task)
     write_lmdb(tmp_path / "source", task, weights, groups)
-    import_lmdb(tmp_path / "source", tmp_path / "zoo", task, shard_runs=2, progress=False)
+    import_zoo(tmp_path / "source", tmp_path / "zoo", task, shard_runs=2, progress=False)
     zoo = load(task, tmp_path / "zoo")
     assert torch.equal(every(zoo), weights.flip(0))  # G.pt's last runs are its test split, our first ones are ours
     expected = torch.tensor([[metrics_of(run, s)["avg_test_loss"] for s in range(4)] for run in (4, 3, 2, 1, 0)])
@@ -121,7 +121,7 @@ def unavailable():
 def test_without_validation_data_the_test_columns_are_copied_and_noted(tmp_path, validation_data_fn):
     task = make_task(validation_data_fn=validation_data_fn)
     write_lmdb(tmp_path / "source", task, networks(task), [[0], [1]])
-    import_lmdb(tmp_path / "source", tmp_path / "zoo", task, progress=False)
+    import_zoo(tmp_path / "source", tmp_path / "zoo", task, progress=False)
     zoo = load(task, tmp_path / "zoo")
     assert torch.equal(zoo.metrics["validation_error"], zoo.metrics["test_error"])
     assert any("copies of the test columns" in note for note in zoo.manifest.notes)
@@ -131,7 +131,7 @@ def test_runs_of_another_length_are_dropped(task, tmp_path):
     weights = list(networks(task))
     weights[1] = weights[1][:2]
     write_lmdb(tmp_path / "source", task, weights, [[0], [1], [2, 3], [4]])
-    import_lmdb(tmp_path / "source", tmp_path / "zoo", task, shard_runs=1, progress=False)
+    import_zoo(tmp_path / "source", tmp_path / "zoo", task, shard_runs=1, progress=False)
     zoo = load(task, tmp_path / "zoo")
     assert zoo.dropped == {3: "000001 has 2 snapshots, most runs have 4"}
     assert torch.equal(every(zoo), torch.stack([weights[run] for run in (4, 3, 2, 0)]))
@@ -140,36 +140,38 @@ def test_runs_of_another_length_are_dropped(task, tmp_path):
 def test_an_interrupted_import_continues(task, tmp_path):
     write_lmdb(tmp_path / "source", task, networks(task), [[0], [1], [2], [3], [4]])
     options = dict(shard_runs=2, progress=False)
-    import_lmdb(tmp_path / "source", tmp_path / "zoo", task, **options)
+    import_zoo(tmp_path / "source", tmp_path / "zoo", task, **options)
     kept, lost = (shards.shard_files(tmp_path / "zoo", i)["index"] for i in (0, 1))
     before = kept.stat().st_mtime_ns
     lost.unlink()
-    import_lmdb(tmp_path / "source", tmp_path / "zoo", task, **options)
+    import_zoo(tmp_path / "source", tmp_path / "zoo", task, **options)
     assert kept.stat().st_mtime_ns == before
     assert load(task, tmp_path / "zoo").runs == 5
 
 
 def test_faults_of_lmdb_zoos_are_named(task, tmp_path):
-    with pytest.raises(ZooError, match="holds no zoo of G.pt"):
-        import_lmdb(tmp_path, tmp_path / "zoo", task, progress=False)
+    (tmp_path / "torn" / "000000").mkdir(parents=True)
+    (tmp_path / "torn" / "000000" / "runs.json").write_text("{}")
+    with pytest.raises(ZooError, match="torn holds no zoo of G.pt"):
+        import_zoo(tmp_path / "torn", tmp_path / "zoo", task, progress=False)
     source = tmp_path / "source"
     write_lmdb(source, task, networks(task), [[0], [1]])
     wider = make_task(constructor=lambda: MLP(6, 7, 3))
     with pytest.raises(StructureError, match=r"000001.*\[30, 5, 15, 3\] numbers, .* network has \[42, 7, 21, 3\]"):
-        import_lmdb(source, tmp_path / "a", wider, progress=False)
+        import_zoo(source, tmp_path / "a", wider, progress=False)
     index = source / "000000" / "runs.json"
     fields = json.loads(index.read_text())
     fields["checkpoints"]["000000/ep002_it00000.pt"] = metrics_of(0, 0)
     del fields["checkpoints"]["000000/ep001_it00010.pt"]
     index.write_text(json.dumps(fields))
     with pytest.raises(ZooError, match="no entry '000000/ep002_it00000.pt'"):
-        import_lmdb(source, tmp_path / "b", task, progress=False)
+        import_zoo(source, tmp_path / "b", task, progress=False)
     (source / "000000" / "data.mdb").write_bytes(b"nothing" * 1000)
     with pytest.raises(ZooError, match="000000 is not a readable LMDB environment"):
-        import_lmdb(source, tmp_path / "c", task, progress=False)
+        import_zoo(source, tmp_path / "c", task, progress=False)
     index.write_text('{"000000": {"checkpoints": [1, 2]}}')
     with pytest.raises(ZooError, match="000000/runs.json is not an index"):
-        import_lmdb(source, tmp_path / "d", task, progress=False)
+        import_zoo(source, tmp_path / "d", task, progress=False)
 
 
 def test_without_lmdb_the_extra_is_named(task, tmp_path, monkeypatch):
@@ -181,8 +183,10 @@ def test_without_lmdb_the_extra_is_named(task, tmp_path, monkeypatch):
         return original(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
+    (tmp_path / "000000").mkdir()
+    (tmp_path / "000000" / "runs.json").write_text("{}")
     with pytest.raises(ZooError, match=r"gpt-weights\[lmdb\]"):
-        import_lmdb(tmp_path, tmp_path / "zoo", task)
+        import_zoo(tmp_path, tmp_path / "zoo", task)
 
 
 def save(file, state):
@@ -197,7 +201,7 @@ def test_folders_of_checkpoints_are_runs_in_natural_order(task, tmp_path, suffix
     for run, folder in enumerate(["run1", "run2", "run10"]):
         for s, epoch in enumerate([0, 9, 10]):
             save(tmp_path / "in" / folder / f"epoch_{epoch}{suffix}", task.structure.state_dict(weights[run, s]))
-    import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, shard_runs=2, progress=False)
+    import_zoo(tmp_path / "in", tmp_path / "zoo", task, shard_runs=2, progress=False)
     zoo = load(task, tmp_path / "zoo")
     assert torch.equal(every(zoo), weights)
     assert set(zoo.metrics) == {"test_loss", "test_error", "validation_loss", "validation_error"}
@@ -210,7 +214,7 @@ def test_a_flat_folder_is_one_run_per_file(task, tmp_path):
     for run in range(3):
         save(tmp_path / "in" / f"net{run}.pt", task.structure.state_dict(weights[run, 0]))
     (tmp_path / "in" / "notes.txt").write_text("not a checkpoint")
-    import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, progress=False)
+    import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
     zoo = load(task, tmp_path / "zoo")
     assert (zoo.runs, zoo.snapshots) == (3, 1)
     assert torch.equal(every(zoo), weights)
@@ -235,25 +239,25 @@ def test_unreadable_checkpoints_are_named(task, tmp_path, content):
         file.write_bytes(b"garbage" if content == "garbage" else b"")
     reason = "holds more than tensors" if content in ("module", "code") else ""
     with pytest.raises(ZooError, match=f"net0.pt.*{reason}"):
-        import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, progress=False)
+        import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
 
 
 def test_checkpoints_of_another_architecture_are_named(task, tmp_path):
     save(tmp_path / "in" / "a.safetensors", MLP(6, 4, 3).state_dict())
     with pytest.raises(StructureError, match=r"a.safetensors: 'fc1.weight' has shape \(4, 6\)"):
-        import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, progress=False)
+        import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
     save(tmp_path / "in" / "b.safetensors", network().state_dict())
     (tmp_path / "in" / "a.safetensors").write_bytes(b"short")
     with pytest.raises(ZooError, match="a.safetensors cannot be read"):
-        import_checkpoints(tmp_path / "in", tmp_path / "zoo", task, progress=False)
+        import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
 
 
 def test_ambiguous_and_empty_folders_are_named(task, tmp_path):
     with pytest.raises(ZooError, match="no folder"):
-        import_checkpoints(tmp_path / "nowhere", tmp_path / "zoo", task)
+        import_zoo(tmp_path / "nowhere", tmp_path / "zoo", task)
     with pytest.raises(ZooError, match="no checkpoints"):
-        import_checkpoints(tmp_path, tmp_path / "zoo", task)
+        import_zoo(tmp_path, tmp_path / "zoo", task)
     save(tmp_path / "in" / "a.pt", network().state_dict())
     save(tmp_path / "in" / "run" / "a.pt", network().state_dict())
     with pytest.raises(ZooError, match="as well as folders"):
-        import_checkpoints(tmp_path / "in", tmp_path / "zoo", task)
+        import_zoo(tmp_path / "in", tmp_path / "zoo", task)

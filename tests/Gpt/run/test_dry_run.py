@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import main
 from Gpt.adapters.family import AdapterFamily
@@ -200,10 +201,22 @@ def test_tasks_that_import_their_zoo_need_its_source(empty):
     told = troubles(found(*arguments, task=task))
     assert [*told] == ["zoo"] and "no checkpoints at networks" in told["zoo"]
     (empty / "networks").mkdir()
+    told = troubles(found(*arguments, task=task))
+    assert [*told] == ["zoo"] and "networks holds no checkpoints" in told["zoo"]
+    for run in range(17):
+        torch.save(task.constructor().state_dict(), f"networks/{run}.pt")
+    before = everything(empty)
     checks = found(*arguments, task=task)
     assert not troubles(checks)
+    assert checks["zoo"].size == "17 runs to be imported from networks; 0.pt, of 1 snapshots, was read"
     assert "made afresh" in checks["zoo's networks"].size
-    assert [*everything(empty)] == ["networks"]
+    assert everything(empty) == before
+    (empty / "networks" / "16.pt").unlink()
+    told = troubles(found(*arguments, task=task))
+    assert [*told] == ["zoo"] and "networks holds 16 networks" in told["zoo"]
+    torch.save(nn.Linear(2, 2).state_dict(), "networks/0.pt")
+    told = troubles(found(*arguments, "zoo.test_runs=2", task=task))
+    assert [*told] == ["zoo"] and "networks/0.pt" in told["zoo"]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft reads it of transformers
