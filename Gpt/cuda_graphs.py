@@ -84,6 +84,8 @@ class GraphedGradient:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded_phase = 0
         self._own: list[Tensor] = []
+        self._value: Tensor | None = None
+        self._gradients: list[Tensor | None] = []
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """The loss, detached; its draws are those that `rng` would give from its present state on.
@@ -92,11 +94,14 @@ class GraphedGradient:
         """
         tensors = _tensors(batch)
         if self._graph is None or self._recorded_phase != self._phase(batch):
-            self._graph, self._recorded_phase = None, self._phase(batch)  # its memory is free for the next one
+            # The memory of a former graph is free for the next one once nothing it wrote is kept.
+            self._graph, self._value, self._gradients = None, None, []
+            self._recorded_phase = self._phase(batch)
             self._own = [x.clone() for x in tensors]
             own = _with_tensors(batch, self._own)
             self._graph, self._value = record(lambda: self._differentiate(own), self._rng.device, self._rng)
             self._gradients = [p.grad for p in self._parameters]
+        assert self._value is not None
         torch._foreach_copy_(self._own, tensors)
         self._rng.set_state(rng.get_state())
         self._graph.replay()

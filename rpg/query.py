@@ -41,8 +41,8 @@ class Place:
 class PromptPool(nn.Module):
     """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is.
 
-    Every state goes through a network of its own before it meets the others: what one sentence says is recognised
-    without a look at those that it has always come with, and holds in new company.
+    Every state goes through a network of its own before it meets the others, so that what one sentence says can be
+    recognised without a look at those that it has always come with.
     """
 
     def __init__(self, features: int, width: int, latents: int, heads: int):
