@@ -73,6 +73,7 @@ class Generator(nn.Module):
             where they do the same device work at every call.
         reads_prompt_sets: whether prompt["text"] are sets of prompts `[B, N, L, features]`, rather than one `[B,
             features]` each.
+        translates: whether prompts are put into the library's words before they are read (`Gpt.adapters.phrases`).
         conditions: the `Gpt.conditions.Conditions` that embed a prompt, and say how often it was left out for
             guidance; None where a subclass has its own way.
         identities: one embedding for every training run, which prompt["identity"] names; None where networks are
@@ -87,6 +88,7 @@ class Generator(nn.Module):
     mixed_precision: bool = False
     graphs: bool = False
     reads_prompt_sets: bool = False
+    translates: bool = False
 
     def __init__(self, structure: Structure, objective: Objective, sampler: str, steps: int):
         super().__init__()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from Gpt.adapters.conditions import PromptStates
+from Gpt.adapters.phrases import PhraseBook
 from Gpt.adapters.tokens import AdapterTokens
 from Gpt.conditions import Conditions, Features
 from Gpt.data.adapter_batches import AdapterBatch
@@ -80,6 +81,7 @@ class HyperConvConfig:
         kernel: size of the convolutions, odd.
         columns: of a token, see `Gpt.adapters.tokens`.
         scale: unit of the weights: the root mean square of their "token" or of their "module".
+        translated: put prompts into the library's words before they are read, see `Gpt.adapters.phrases`.
         loss: see `LossConfig`.
     """
 
@@ -90,12 +92,13 @@ class HyperConvConfig:
     kernel: PositiveInt = 3
     columns: PositiveInt | None = None
     scale: Literal["token", "module"] = "module"
+    translated: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
 
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """The query transformer; `columns`, `scale` and `loss` as in `HyperConvConfig`.
+    """The query transformer; `columns`, `scale`, `translated` and `loss` as in `HyperConvConfig`.
 
     Attributes:
         width, depth, heads: of the transformer.
@@ -108,6 +111,7 @@ class QueryConfig:
     latents: PositiveInt = 16
     columns: PositiveInt | None = None
     scale: Literal["token", "module"] = "module"
+    translated: bool = False
     loss: LossConfig = field(default_factory=LossConfig)
 
 
@@ -155,6 +159,8 @@ class AdapterGenerator(Generator):
         self.features = cast(Features, conditions.encoders["text"]).features
         self.dropout = conditions.dropout
         self.tokens = AdapterTokens(structure, config.columns)
+        self.translates = config.translated
+        self.phrases = PhraseBook()
         for name, value in {"fresh": 0.0, "unit": 1.0, "importance": 1.0}.items():
             self.register_buffer(name, torch.full((structure.size,), value))
 
@@ -169,7 +175,19 @@ class AdapterGenerator(Generator):
 
     @torch.no_grad()
     def fit(self, batch: Batch) -> None:
+        """Read the library's scales, and with `translated` its prompts.
+
+        Raises:
+            ConfigError: the batch is of another kind; or prompts of one state each are to be translated.
+        """
         batch = _adapter_batch(batch)
+        if self.translates:
+            if batch.known.mask.shape[-1] == 1:
+                raise ConfigError(
+                    "generator.translated=true: a prompt of one state can only be taken for a whole training task; "
+                    "choose a task whose prompts have a state for each sentence (lora_rules_sentences)"
+                )
+            self.phrases.fit(batch.known)
         self.fresh.copy_(batch.fresh)
         self.unit.copy_(self.tokens.scale(batch.target - batch.fresh, self.config.scale))
         if self.config.loss.importance:
@@ -222,7 +240,8 @@ class AdapterGenerator(Generator):
         """
         if guidance != 1:
             raise ConfigError(f"guidance={guidance}: a regressor has no noise to be guided from; use 1")
-        return self(self._states(prompt, len(noise))).float()
+        prompts = self._states(prompt, len(noise))
+        return self(self.phrases(prompts) if self.translates and "text" in prompt else prompts).float()
 
     def _states(self, prompt: Prompt, count: int) -> PromptStates:
         """The prompt, checked; `count` sets of zeros where there is no text."""

@@ -34,12 +34,14 @@ class AdapterBatch(Batch):
     Attributes:
         members: the task of every example.
         fresh: the untrained adapter, which is the base model.
+        known: all prompts of every task that batches of this kind are drawn from.
         answers: E examples of every task.
         loss_of: the loss of answers through the frozen language model.
     """
 
     members: Int[Tensor, " B"]
     fresh: Float[Tensor, " D"]
+    known: PromptStates
     answers: Answers
     loss_of: AnswerLoss
 
@@ -94,6 +96,7 @@ class AdapterBatchSampler:
             prompt=_prompt(sets, self.pooled),
             members=members,
             fresh=self.fresh,
+            known=self._known,
             answers=self._answers[members[:, None], chosen],
             loss_of=self._loss_of,
         )
@@ -113,6 +116,10 @@ class AdapterBatchSampler:
     @cached_property
     def _stored(self) -> PromptStates:
         return task_prompts(self.family, self.split, self.zoo.device)
+
+    @cached_property
+    def _known(self) -> PromptStates:
+        return self._stored[self.members[self.rows].unique()]
 
     @cached_property
     def _answers(self) -> Answers:

@@ -146,7 +146,8 @@ class AdapterJudge(Judge):
     # --- the generator ------------------------------------------------------------------------------------------------
 
     def written(self) -> tuple[list[Line], Price]:
-        """Adapters from 32 prompts in unseen wordings, from fewer, without an input, in known wordings; a price."""
+        """Adapters from 32 prompts in unseen wordings, from fewer, without an input, in known wordings, and read as
+        they are where prompts are translated; a price."""
         tasks, label = self.tasks, self.config.label
         sets = {split: tasks.prompts(split) for split in tasks.splits}
         _, price = self.writer.timed(self.request(sets[tasks.splits[0]]), "adapters")
@@ -162,6 +163,11 @@ class AdapterJudge(Judge):
         for name, few in less.items():
             written = {split: self.write(baselines.repeated(prompts, PROMPTS)) for split, prompts in few.items()}
             lines.append(self.line(f"{label}, {name}", "generator", written))
+        if self.generator.translates:
+            self.generator.translates = False
+            written = {split: self.write(prompts) for split, prompts in sets.items()}
+            self.generator.translates = True
+            lines.append(self.line(f"{label}, prompts not translated", "generator", written))
         return lines, price
 
     def controls(self) -> list[Line]:

@@ -269,3 +269,30 @@ def test_what_does_not_fit_is_told(zoo, task):
         generator.sample({}, count=1, guidance=2.0)
     with pytest.raises(ConfigError, match="language tasks"):
         generator.loss(Batch(torch.zeros(1, task.structure.size)), rng("cpu", 0))
+
+
+def test_prompts_are_put_into_known_words_before_they_are_read(zoo):
+    family = dataclasses.replace(TASKS["lora_tiny"]["family"], tokens=TOKENS)
+    task = Task(name="lora_tiny", **TASKS["lora_tiny"] | {"family": family})
+    generator = build(task, "query", translated=True)
+    batch = sampler(zoo, task)(8, rng("cpu", 0, "batch"))
+    generator.fit(batch)
+    with torch.no_grad():  # a decoder that is not zero
+        for parameter in generator.decoder.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng("cpu", 0, "weights")))
+    prompt = {"text": batch.prompt["text"] + 0.01, "text_mask": batch.prompt["text_mask"]}
+    known = generator.phrases(PromptStates(prompt["text"], prompt["text_mask"]))
+    written = generator.sample(prompt)
+    torch.testing.assert_close(written, generator(known))
+    generator.translates = False
+    assert (generator.sample(prompt) - written).abs().max() > 1e-4
+
+    loaded = build(task, "query", translated=True)
+    loaded.load_state_dict(generator.state_dict())
+    torch.testing.assert_close(loaded.sample(prompt), written)
+    torch.testing.assert_close(loaded.sample({}, count=1), generator.sample({}, count=1))
+
+
+def test_pooled_prompts_are_not_translated(zoo, task):
+    with pytest.raises(ConfigError, match="a prompt of one state can only be taken for a whole training task"):
+        build(task, "query", translated=True).fit(sampler(zoo, task)(4, rng("cpu", 0, "batch")))

@@ -151,6 +151,23 @@ def test_a_description_has_no_input(task):
     assert (described.states[0, 0, 0] @ prompts.states[0, 0, 0]).abs() < 0.99
 
 
+def test_what_translation_is_worth_has_a_row(task, zoo):
+    """The oracle knows only prompts of the library to the last digit; of others it makes the base model."""
+
+    class Translator(Oracle):
+        translates = True
+
+        def write(self, prompt, *rest):
+            return super().write({"text": prompt["text"] + (0.0 if self.translates else 1.0)}, *rest)
+
+    judge = AdapterJudge(generator := Translator(task, zoo), task, zoo, CONFIG, "cpu")
+    lines, _ = judge.written()
+    assert lines[-1].name == "test, prompts not translated" and generator.translates
+    fresh = fresh_adapter(task)
+    assert all(torch.equal(rows, fresh.expand_as(rows)) for rows in lines[-1].adapters.values())
+    assert not torch.equal(lines[0].adapters["s2"], lines[-1].adapters["s2"])
+
+
 def test_distances_and_costs(task, results):
     own, trained, mean = results.novelty[0], results.novelty[1], results.novelty[2]
     assert own.distance == trained.distance and own.copying_z == trained.copying_z
