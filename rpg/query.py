@@ -39,17 +39,11 @@ class Place:
 
 
 class PromptPool(nn.Module):
-    """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is.
-
-    Every state goes through a network of its own before it meets the others, so that what one sentence says can be
-    recognised without a look at those that it has always come with.
-    """
+    """A set of N states -> `[B, latents, width]`, whatever their order and number; `mask` is False where none is."""
 
     def __init__(self, features: int, width: int, latents: int, heads: int):
         super().__init__()
-        self.read = nn.Sequential(
-            nn.LayerNorm(features), nn.Linear(features, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.read = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, width))
         self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
         self.query_norm, self.prompt_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)

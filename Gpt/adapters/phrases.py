@@ -2,7 +2,7 @@
 
     prompts of a new task [B, N, L, features]
       -> position by position, the mean state of its N prompts
-      -> which training task says this there (ridge regression of tasks on states)
+      -> which training task says this there (linear discriminant analysis of its states)
       -> that task's own prompts at that position [B, N, L, features]
 
 Why: what a prompt says at one position (its rule, say) is clear enough by itself, but a generator reads all positions
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from Gpt.adapters.conditions import PromptStates
 from Gpt.errors import ConfigError
 
-SHRINKAGE = 0.3  # of the ridge, in units of the mean variance; chosen on the wordings for validation
+SHRINKAGE = 0.3  # of the covariance to a multiple of the identity that has its trace; chosen on validation wordings
+LEAST = 1e-6  # of that multiple, as a share of the mean square state: each task may have one prompt, and no covariance
 KEPT = 32  # prompts of each task
 
 
@@ -30,33 +31,39 @@ class PhraseBook(nn.Module):
 
     Attributes:
         states, mask: some prompts of every training task, `[tasks, N, L, features]` and `[tasks, N, L]`.
-        centers: `[L, features]` mean state at each position.
-        readers: `[L, features, tasks]` ridge regression, around it, of which task a state is from.
+        readers, offsets: `[L, features, tasks]` and `[L, tasks]`, the discriminant functions: scores are half the
+            negative squared Mahalanobis distances to the tasks' mean states, up to what tasks share. A task that says
+            nothing at a position scores -inf there.
     """
 
     states: Float[Tensor, "tasks N L features"]
     mask: Bool[Tensor, "tasks N L"]
-    centers: Float[Tensor, "L features"]
     readers: Float[Tensor, "L features tasks"]
+    offsets: Float[Tensor, "L tasks"]
 
     def __init__(self) -> None:
         super().__init__()
-        for name, dims in {"states": 4, "mask": 3, "centers": 2, "readers": 3}.items():
+        for name, dims in {"states": 4, "mask": 3, "readers": 3, "offsets": 2}.items():
             self.register_buffer(name, torch.zeros([0] * dims, dtype=torch.bool if name == "mask" else None))
 
     @torch.no_grad()
     def fit(self, known: PromptStates) -> None:
         """Learn the prompts `[tasks, N, L, features]` of the training tasks, in float64."""
         states, mask = known.states.double(), known.mask[..., None]
-        count = mask.sum((0, 1)).clamp_min(1)
-        centers = (states * mask).sum((0, 1)) / count
-        around = (states - centers) * mask
-        covariance = torch.einsum("tnli,tnlj->lij", around, around) / count[..., None]
-        unit = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(states.dtype).tiny)
-        ridge = SHRINKAGE * unit[:, None, None] * torch.eye(states.shape[-1]).to(states)
-        readers = torch.linalg.solve(covariance + ridge, torch.einsum("tnli->lit", around) / count[..., None])
+        count = mask.sum(1)
+        centers = (states * mask).sum(1) / count.clamp_min(1)
+        around = (states - centers[:, None]) * mask
+        total = mask.sum((0, 1)).clamp_min(1)[..., None]
+        covariance = torch.einsum("tnli,tnlj->lij", around, around) / total
+        least = LEAST * states.square().mean().clamp_min(torch.finfo(known.states.dtype).tiny)
+        unit = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp_min(least)[:, None, None]
+        readers = torch.linalg.solve(
+            covariance + SHRINKAGE * unit * torch.eye(states.shape[-1]).to(states), centers.permute(1, 2, 0)
+        )
+        offsets = -0.5 * torch.einsum("tlf,lft->lt", centers, readers)
         self.states, self.mask = known.states[:, :KEPT].clone(), known.mask[:, :KEPT].clone()
-        self.centers, self.readers = centers.to(known.states), readers.to(known.states)
+        self.readers = readers.to(known.states)
+        self.offsets = offsets.masked_fill(count[..., 0].T == 0, -torch.inf).to(known.states)
 
     def recognise(self, sets: PromptStates) -> Int[Tensor, "B L"]:
         """The training task that says the same at each position; -1 where a set says nothing, or no task ever does.
@@ -64,15 +71,15 @@ class PhraseBook(nn.Module):
         Raises:
             ConfigError: prompts have another number of positions than those that were learnt.
         """
-        if sets.mask.shape[-1] != len(self.centers):
+        if sets.mask.shape[-1] != len(self.offsets):
             raise ConfigError(
-                f"prompts have {sets.mask.shape[-1]} states each, and those of the library had {len(self.centers)}; "
+                f"prompts have {sets.mask.shape[-1]} states each, and those of the library had {len(self.offsets)}; "
                 "embed them with the encoder and the tokens of the task's family"
             )
-        counts = sets.mask.sum(1)[..., None]
-        mean = (sets.states * sets.mask[..., None]).sum(1) / counts.clamp_min(1)
-        scores = torch.einsum("blf,lft->blt", mean - self.centers, self.readers)
-        return scores.argmax(-1).where((counts[..., 0] > 0) & self.readers.any(1).any(1), -1)
+        counts = sets.mask.sum(1)
+        mean = (sets.states * sets.mask[..., None]).sum(1) / counts.clamp_min(1)[..., None]
+        best, task = (torch.einsum("blf,lft->blt", mean, self.readers) + self.offsets).max(-1)
+        return task.where((counts > 0) & best.isfinite(), -1)
 
     def forward(self, sets: PromptStates) -> PromptStates:
         """As many prompts, each position of which is that of the training task that it was recognised as.

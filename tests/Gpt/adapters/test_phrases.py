@@ -43,16 +43,22 @@ def test_new_combinations_are_put_together_from_known_positions(book, known):
     assert found.mask.all()
 
 
-def test_readers_are_the_ridge_regression_of_tasks_on_states(book, known):
-    """The same by least squares with the penalty as further rows."""
-    states = known.states[:, :, 1].double().flatten(0, 1)
-    around = states - states.mean(0)
-    penalty = SHRINKAGE * around.square().mean() * len(around)
-    own = torch.eye(len(PAIRS), dtype=torch.float64).repeat_interleave(PROMPTS, 0)
-    rows = torch.cat([around, penalty.sqrt() * torch.eye(FEATURES, dtype=torch.float64)])
-    wanted = torch.cat([own - own.mean(0), own.new_zeros(FEATURES, len(PAIRS))])
-    expected = torch.linalg.lstsq(rows, wanted).solution
-    torch.testing.assert_close(book.readers[1].double(), expected, rtol=1e-4, atol=1e-6)
+def test_the_nearest_task_is_meant_by_mahalanobis_distance(book, known):
+    states = known.states[:, :, 1].double()
+    centers = states.mean(1, keepdim=True)
+    covariance = (states - centers).flatten(0, 1).T.cov(correction=0)
+    covariance += SHRINKAGE * covariance.diagonal().mean() * torch.eye(FEATURES)
+    asked = 3 * torch.randn(50, FEATURES, generator=rng("cpu", 7, "asked"), dtype=torch.float64)
+    difference = asked[:, None] - centers[:, 0]
+    distance = torch.einsum("atf,fg,atg->at", difference, covariance.inverse(), difference)
+    sets = PromptStates(asked.float()[:, None, None].expand(-1, 1, 2, -1), torch.ones(50, 1, 2, dtype=torch.bool))
+    assert torch.equal(book.recognise(sets)[:, 1], distance.argmin(1))
+
+
+def test_one_prompt_of_each_task_is_enough(known):
+    book = PhraseBook()
+    book.fit(few := known[:, :1])
+    assert torch.equal(book.recognise(few), torch.arange(len(PAIRS))[:, None].expand(-1, 2))
 
 
 def test_the_order_of_prompts_does_not_matter_and_sets_do_not_see_each_other(book):
@@ -76,6 +82,11 @@ def test_padding_is_not_read_and_stays_padding(book, known):
     short = PhraseBook()
     short.fit(PromptStates(known.states, known.mask & torch.tensor([True, False])))
     assert short.recognise(sets)[0, 1] == -1 and short.recognise(sets)[0, 0] >= 0
+
+    silent = known.mask.clone()
+    silent[:3, :, 0] = False  # tasks that say nothing there are not what is meant there
+    short.fit(PromptStates(known.states, silent))
+    assert (short.recognise(said(PAIRS, rng("cpu", 3, "new")))[:, 0] >= 3).all()
 
 
 def test_more_prompts_than_are_kept_begin_again(book):
