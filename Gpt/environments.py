@@ -171,9 +171,6 @@ class Evaluation:
     seed: int
 
 
-EVALUATION_SEEDS = {"validation": 0, "test": 1}
-
-
 def evaluate_policy(evaluation: Evaluation, net: nn.Module | Population) -> Float[Tensor, "*P"]:
     """Mean return of the mean-action policy over full episodes, one number per network; at most 500.
 

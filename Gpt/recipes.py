@@ -66,7 +66,6 @@ class PpoRecipe:
     Attributes:
         iterations: rounds of rollout and update; the unit in which snapshots are counted.
         environments, horizon: each round collects `environments * horizon` transitions.
-        evaluation_episodes: full episodes behind one `return` label.
     """
 
     iterations: int = 500
@@ -81,7 +80,6 @@ class PpoRecipe:
     gae_lambda: float = 0.95
     entropy_coefficient: float = 0.0
     value_coefficient: float = 2.0
-    evaluation_episodes: int = 64
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ZOOS = {
     "cartpole": Zoo("cartpole", 256),
     "cifar10": Zoo("cifar10_loss", 256, examples=(45_000, 5_000, 10_000), shape=(3, 32, 32), share=0.02),
 }
-SMALL_PPO = {"iterations": 2, "environments": 8, "horizon": 4, "epochs": 1, "evaluation_episodes": 2}
+SMALL_PPO = {"iterations": 2, "environments": 8, "horizon": 4, "epochs": 1}
 SMALL_ZOOS = {
     "digits": Zoo("digits_loss", 4, 3, (96, 32, 32), (1, 8, 8), recipe={"epochs": 1, "batch_size": 32}),
     "cartpole": Zoo("cartpole", 2, 2, recipe=SMALL_PPO),

@@ -130,7 +130,7 @@ def train_population(
         )
     if isinstance(recipe, AdapterRecipe):
         return train_adapter_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
-    weights, metrics = train_ppo_population(recipe, run_ids, seed, snapshot_iterations, torch.device(device))
+    weights, metrics = train_ppo_population(task, recipe, run_ids, seed, snapshot_iterations, device)
     if progress:
         progress(len(run_ids) * len(snapshot_iterations))
     return weights, metrics

@@ -23,23 +23,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data_gen.randomness import random_words, run_keys
-from Gpt.environments import EPISODE_STEPS, EVALUATION_SEEDS, CartPole, Evaluation, evaluate_policy
+from Gpt.environments import EPISODE_STEPS, CartPole
 from Gpt.errors import ConfigError
-from Gpt.networks import CartPoleActor
 from Gpt.population.functional import Population
 from Gpt.recipes import PpoRecipe
 from Gpt.seeds import rng
-from Gpt.structure import Structure
+from Gpt.tasks import Task
 
 LAYERS = ((32, 4), (32, 32), (1, 32))
 GAINS = (2**0.5, 2**0.5, 0.01)
 NETWORK_SIZE = sum(outputs * inputs + outputs for outputs, inputs in LAYERS)
 ACTOR_SIZE = 1 + NETWORK_SIZE
-EPISODES_PER_CALL = 2**20
+POLICIES_PER_CALL = 2**14  # tested at once
 
 
 def train_ppo_population(
-    recipe: PpoRecipe, run_ids: list[int], seed: int, snapshot_iterations: list[int], device: torch.device | str = "cpu"
+    task: Task,
+    recipe: PpoRecipe,
+    run_ids: list[int],
+    seed: int,
+    snapshot_iterations: list[int],
+    device: torch.device | str = "cpu",
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train R agents and keep their actors at S iterations (0 is the initialisation).
 
@@ -47,7 +51,7 @@ def train_ppo_population(
 
     Returns:
         The actors as rows of 1,250 numbers in the order of `CartPoleActor.state_dict()`, on `device`, and the metrics
-        "validation_return" and "test_return" of each.
+        "validation_return" and "test_return" of each, by the task's test function on its own episodes.
 
     Raises:
         ConfigError: the recipe or the snapshots cannot be carried out; the message names the value.
@@ -61,11 +65,8 @@ def train_ppo_population(
         if iteration < snapshot_iterations[-1]:
             population.iterate()
     weights = torch.stack(snapshots, dim=1)
-    metrics = {}
-    for split, evaluation_seed in EVALUATION_SEEDS.items():
-        returns = evaluate_actors(weights.flatten(0, 1), Evaluation(recipe.evaluation_episodes, evaluation_seed))
-        metrics[f"{split}_return"] = returns.view(weights.shape[:2])
-    return weights, metrics
+    returns = {split: evaluate_actors(task, weights.flatten(0, 1), split) for split in ("validation", "test")}
+    return weights, {f"{split}_return": found.view(weights.shape[:2]) for split, found in returns.items()}
 
 
 def check(recipe: PpoRecipe, snapshot_iterations: list[int]) -> None:
@@ -88,13 +89,10 @@ def check(recipe: PpoRecipe, snapshot_iterations: list[int]) -> None:
         )
 
 
-def evaluate_actors(actors: Float[Tensor, "P D"], evaluation: Evaluation) -> Float[Tensor, " P"]:
-    """Mean return of each mean-action policy, about a million episodes at a time."""
-    with torch.random.fork_rng(devices=[]):
-        template = CartPoleActor()
-    structure = Structure.of(template)
-    chunks = actors.split(max(1, EPISODES_PER_CALL // evaluation.episodes))
-    return torch.cat([evaluate_policy(evaluation, Population(template, structure, chunk)) for chunk in chunks])
+def evaluate_actors(task: Task, actors: Float[Tensor, "P D"], split: str) -> Float[Tensor, " P"]:
+    """Mean return of each mean-action policy on the task's episodes of a split, many policies at a time."""
+    populations = [Population(task.template, task.structure, chunk) for chunk in actors.split(POLICIES_PER_CALL)]
+    return torch.cat([task.score(population, split, actors.device) for population in populations])
 
 
 def initial_parameters(seed: int, run_id: int) -> Float[Tensor, " D"]:

@@ -317,7 +317,7 @@ def test_a_lock_that_may_be_held_is_respected(tmp_path, changes):
 
 
 def test_reinforcement_learning_recipes_are_dispatched(tmp_path):
-    recipe = PpoRecipe(iterations=2, environments=4, horizon=4, evaluation_episodes=2)
+    recipe = PpoRecipe(iterations=2, environments=4, horizon=4)
     task = Task(name="cartpole", **TASK_METADATA["cartpole"] | {"recipe": recipe})
     assert total_iterations(task) == 2
     zoo = gather(task, tmp_path, runs=3, snapshots=3)

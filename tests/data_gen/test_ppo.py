@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,12 +21,25 @@ from data_gen.ppo import (
     train_ppo_population,
 )
 from data_gen.randomness import run_keys
+from Gpt.catalogue.cartpole import TASKS
 from Gpt.environments import EPISODE_STEPS, CartPole, Evaluation, evaluate_policy
 from Gpt.errors import ConfigError
 from Gpt.networks import CartPoleActor
 from Gpt.recipes import PpoRecipe
+from Gpt.tasks import Task
 
-SMALL = PpoRecipe(iterations=3, environments=8, horizon=4, epochs=2, evaluation_episodes=4)
+SMALL = PpoRecipe(iterations=3, environments=8, horizon=4, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def task():
+    """Cart-pole with four episodes behind a label."""
+    episodes = {f"{split}data_fn": partial(few, seed) for split, seed in (("validation_", 0), ("", 1))}
+    return Task(name="cartpole", **TASKS["cartpole"] | episodes)
+
+
+def few(seed):
+    return (Evaluation(4, seed),)
 
 
 def load(module, flat):
@@ -233,9 +247,9 @@ def test_a_run_does_not_depend_on_its_companions():
     assert not torch.allclose(train([3], 6), train([3], 5), atol=1e-3)
 
 
-def test_a_run_is_the_same_whatever_its_snapshots():
-    every, _ = train_ppo_population(SMALL, [0, 1], 0, [0, 1, 2])
-    some, _ = train_ppo_population(SMALL, [0, 1], 0, [0, 1])
+def test_a_run_is_the_same_whatever_its_snapshots(task):
+    every, _ = train_ppo_population(task, SMALL, [0, 1], 0, [0, 1, 2])
+    some, _ = train_ppo_population(task, SMALL, [0, 1], 0, [0, 1])
     torch.testing.assert_close(every[:, :2], some)
     initial = torch.stack([initial_parameters(0, run)[:ACTOR_SIZE] for run in (0, 1)])
     torch.testing.assert_close(some[:, 0], initial)
@@ -252,28 +266,28 @@ def test_a_diverged_run_spoils_no_other():
     torch.testing.assert_close(broken.actors()[1:], sound.actors(), rtol=1e-3, atol=1e-5)
 
 
-def test_labels_are_returns_of_full_episodes_on_disjoint_start_states():
-    weights, metrics = train_ppo_population(SMALL, [0, 1], 0, [0, 3])
+def test_labels_are_returns_of_full_episodes_on_disjoint_start_states(task):
+    weights, metrics = train_ppo_population(task, SMALL, [0, 1], 0, [0, 3])
     assert weights.shape == (2, 2, ACTOR_SIZE)
     assert weights.dtype == torch.float32
     assert sorted(metrics) == ["test_return", "validation_return"]
     for name, seed in (("validation_return", 0), ("test_return", 1)):
         assert metrics[name].shape == (2, 2)
-        expected = evaluate_policy(Evaluation(SMALL.evaluation_episodes, seed), load(CartPoleActor(), weights[1, 1]))
+        expected = evaluate_policy(Evaluation(4, seed), load(CartPoleActor(), weights[1, 1]))
         torch.testing.assert_close(metrics[name][1, 1], expected, rtol=1e-3, atol=1e-2)
     assert not torch.allclose(metrics["validation_return"], metrics["test_return"])
 
 
-def test_evaluation_in_chunks_keeps_order(monkeypatch):
+def test_evaluation_in_chunks_keeps_order(task, monkeypatch):
     actors = torch.stack([initial_parameters(0, run)[:ACTOR_SIZE] for run in range(5)])
-    together = evaluate_actors(actors, Evaluation(4, 0))
-    monkeypatch.setattr("data_gen.ppo.EPISODES_PER_CALL", 8)
-    torch.testing.assert_close(evaluate_actors(actors, Evaluation(4, 0)), together, rtol=1e-3, atol=1e-2)
+    together = evaluate_actors(task, actors, "validation")
+    monkeypatch.setattr("data_gen.ppo.POLICIES_PER_CALL", 2)
+    torch.testing.assert_close(evaluate_actors(task, actors, "validation"), together, rtol=1e-3, atol=1e-2)
 
 
-def test_global_random_state_is_left_alone():
+def test_global_random_state_is_left_alone(task):
     before = copy.copy(torch.get_rng_state())
-    train_ppo_population(SMALL, [0], 0, [0, 1])
+    train_ppo_population(task, SMALL, [0], 0, [0, 1])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -287,14 +301,14 @@ def test_global_random_state_is_left_alone():
         (SMALL, [0, 4], "iteration 4 lies beyond .* iterations=3"),
     ],
 )
-def test_impossible_requests_are_refused(recipe, snapshots, message):
+def test_impossible_requests_are_refused(task, recipe, snapshots, message):
     with pytest.raises(ConfigError, match=message):
-        train_ppo_population(recipe, [0], 0, snapshots)
+        train_ppo_population(task, recipe, [0], 0, snapshots)
 
 
-def test_agents_learn_to_balance():
-    recipe = PpoRecipe(iterations=40, environments=64, learning_rate=3e-3, evaluation_episodes=8)
-    _, metrics = train_ppo_population(recipe, [0, 1, 2], 0, [0, 40])
+def test_agents_learn_to_balance(task):
+    recipe = PpoRecipe(iterations=40, environments=64, learning_rate=3e-3)
+    _, metrics = train_ppo_population(task, recipe, [0, 1, 2], 0, [0, 40])
     initial, trained = metrics["test_return"].unbind(1)
     assert (initial < 60).all()
     assert (trained > 2 * initial).all()
