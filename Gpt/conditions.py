@@ -136,8 +136,11 @@ class Conditions(nn.Module):
             cast(TargetMetric, self.encoders["target_metric"]).scale.fit(prompt["target_metric"])
 
     def keep(self, batch: int, rng: torch.Generator) -> Bool[Tensor, "conditions batch"]:
-        """Which conditions training keeps: each is dropped on its own with probability `dropout`."""
-        return torch.rand(len(self.encoders), batch, generator=rng, device=rng.device) >= self.dropout
+        """Which conditions training keeps: all are dropped with probability `dropout`, for guidance is from a model
+        without any; of several, each on its own besides (Brooks et al. 2023, arXiv 2211.09800, section 3.2)."""
+        count = len(self.encoders)
+        kept = torch.rand(1 if count == 1 else 1 + count, batch, generator=rng, device=rng.device) >= self.dropout
+        return kept if count == 1 else kept[:1] & kept[1:]
 
     def forward(
         self, prompt: Prompt, batch: int, keep: Bool[Tensor, "conditions batch"] | None = None

@@ -92,7 +92,8 @@ class ConditionConfig:
 
     Attributes:
         names: of `Gpt.conditions`; empty for an unconditional generator.
-        dropout: share of training examples that leave a condition out, for guidance.
+        dropout: share of training examples that leave all conditions out, for guidance, and, where there are several,
+            each of them on its own.
     """
 
     names: tuple[str, ...] = ("target_metric",)

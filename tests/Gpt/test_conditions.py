@@ -92,11 +92,14 @@ def test_a_dropped_condition_is_one_that_was_not_given():
         torch.testing.assert_close(found[i : i + 1], module(given, 1))
 
 
-def test_dropout_is_drawn_for_each_condition_and_example():
+def test_all_conditions_are_dropped_at_once_and_each_of_several_on_its_own():
     keep = conditions(dropout=0.3).keep(20_000, rng("cpu", 0))
     assert keep.shape == (2, 20_000)
-    assert keep.float().mean(1).tolist() == pytest.approx([0.7, 0.7], abs=0.02)
-    assert (keep[0] & keep[1]).float().mean().item() == pytest.approx(0.49, abs=0.02)
+    assert keep.float().mean(1).tolist() == pytest.approx([0.49, 0.49], abs=0.02)
+    assert (keep[0] & keep[1]).float().mean().item() == pytest.approx(0.7**3, abs=0.02)
+    assert (~keep).all(0).float().mean().item() == pytest.approx(0.3 + 0.7 * 0.3**2, abs=0.02)
+    alone = Conditions({"class_mask": 10}, 8, 0.3).keep(20_000, rng("cpu", 0))
+    assert alone.shape == (1, 20_000) and alone.float().mean().item() == pytest.approx(0.7, abs=0.02)
     assert conditions(dropout=0.0).keep(100, rng("cpu", 0)).all()
 
 
