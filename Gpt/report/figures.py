@@ -1,5 +1,6 @@
 """The figures of a run, one function each; without data to draw, each raises ValueError."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,8 @@ def training(metrics: Sequence[Metrics]) -> Figure:
         axis = figure.add_subplot(rows, columns, place + 1)
         for name in names:
             _draw_series(axis, metrics, name, COLOURS["baseline" if name == "train/loss" else "generator"])
+        if "train/loss" in names:
+            _mark_phases(axis, metrics)
         axis.set_title(title)
         axis.set_xlabel("step")
         metric_scale(axis, "y", [line[n] for line in metrics for n in names if n in line], minimize="loss" in title)
@@ -265,8 +268,9 @@ def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str
 
 
 def _training_panels(metrics: Sequence[Metrics]) -> dict[str, list[str]]:
-    """`{title: names}` of what is worth a panel; a score may be logged as `validation/x` or `validation_x`."""
-    names = sorted({name for line in metrics for name in line})
+    """`{title: names}` of what is worth a panel; a score may be logged as `validation/x` or `validation_x`, and the one
+    that selects is another's copy."""
+    names = sorted({name for line in metrics for name in line} - {"validation/score"})
     objective = [name for name in names if name in ("train/loss", "validation/loss")]
     scores = [name for name in names if name.startswith("validation") and name not in objective]
     panels = {"objective: loss": objective} if objective else {}
@@ -372,6 +376,15 @@ def _draw_series(axis: Axes, metrics: Sequence[Metrics], name: str, colour: str)
         return
     axis.plot(steps, values, color=colour, lw=0.8, alpha=0.35)
     axis.plot(steps, _running_average(values, len(values) / 100), color=colour, label=f"{name}, running average")
+
+
+def _mark_phases(axis: Axes, metrics: Sequence[Metrics]) -> None:
+    """A line where the loss gained terms: what lies before it and after it is not the same quantity."""
+    phases = [(line["step"], line["train/phase"]) for line in metrics if "train/phase" in line]
+    for (_, before), (step, after) in itertools.pairwise(phases):
+        if after > before:
+            axis.axvline(step, color=MUTED, ls=":", lw=1)
+            axis.text(step, 0.03, " more terms", color=MUTED, transform=axis.get_xaxis_transform())
 
 
 def _running_average(values: np.ndarray, horizon: float) -> np.ndarray:

@@ -105,6 +105,16 @@ def test_training_curves_keep_short_series_as_they_are():
     np.testing.assert_allclose(alignment.lines[0].get_ydata(), [0, 0.1, 0.2, 0.3, 0.4])
 
 
+def test_training_curves_show_where_the_loss_gained_terms_and_each_series_once():
+    lines = [{"step": s, "time": 0.0, "train/loss": 1.0, "train/phase": int(s > 3)} for s in range(8)]
+    lines += [{"step": 7, "time": 0.0, "validation/generated_error": 0.1, "validation/score": 0.1}]
+    loss, error = figures.training(lines).axes
+    assert list(loss.lines[1].get_xdata()) == [4, 4] and loss.texts
+    assert error.get_title("left") == "validation generated error"
+    (joined,) = figures.training([line | {"train/phase": 1} for line in lines[:8]]).axes
+    assert len(joined.lines) == 1 and not joined.texts
+
+
 def test_the_running_average_keeps_constants_and_bridges_gaps():
     values = np.full(100, 3.0)
     values[10:20] = np.nan
