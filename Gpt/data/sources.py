@@ -125,7 +125,8 @@ def _channels_first(images: Tensor) -> Tensor:
 def _idx(torchvision_name: str, folders: tuple[str, ...], places: Places) -> Splits:
     """MNIST's IDX files, plain or gzipped."""
     stems = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-    looked = list(dict.fromkeys(root / folder for root in places.roots for folder in folders))  # one is absolute
+    own = [root for root in places.roots if root.name in folders]  # the files' names do not tell digits from clothes
+    looked = list(dict.fromkeys([*own, *(root / folder for root in places.roots for folder in folders)]))
     for folder in looked:
         files = [next((folder / f for f in (stem, stem + ".gz") if (folder / f).is_file()), None) for stem in stems]
         if all(files):

@@ -71,7 +71,7 @@ def test_hgrn2_grows_its_state_at_equal_parameters(mqar):
     assert len({sum(p.numel() for p in model.parameters()) for model in models}) == 1
     for contender, model in zip(hgrn2, models, strict=True):
         assert model.backbone.initial_state(1)[0][0].numel() == contender.state
-    assert [c.state for c in hgrn2] == [64, 512, 2048]
+    assert [c.state for c in hgrn2] == [64 * 2**i for i in range(6)]
 
 
 def test_runs_to_its_figure_and_table(mqar, tmp_path):

@@ -173,6 +173,13 @@ def test_the_configured_folder_comes_before_the_usual_one(files, tmp_path):
     assert test_labels.tolist() != [7] * TEST
 
 
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "mnist"), ("fashion_mnist", "fashion-mnist")])
+def test_the_data_sets_own_folder_will_do(files, name, folder):
+    write_mnist(files / folder)
+    sources.configure(str(files / folder), download=False)
+    check(sources.load(name), (1, 28, 28), TRAIN - 5000, 5000, TEST)
+
+
 def test_a_small_machine_takes_the_first_examples_of_each_split():
     whole = sources.load("digits")
     try:
