@@ -107,18 +107,17 @@ def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]
 
 def judge(experiment: Experiment, summary: dict[str, Any]) -> Results:
     """The evaluation that fits the task, of the best weights."""
-    generator = experiment.trained()
     spent = Spent(
         zoo_seconds=summary.get("zoo_seconds", 0.0),
         training_seconds=summary.get("training_seconds", 0.0),
-        training_flops=experiment.training_flops(generator, summary.get("step", 0)),
+        training_examples=summary.get("step", 0) * experiment.config.trainer.batch_size,
     )
 
     def progress(phrase: str) -> None:
         if primary():
             print(f"evaluating: {phrase} …", flush=True)
 
-    return experiment.judge(generator).evaluate(spent, progress)
+    return experiment.judge(experiment.trained()).evaluate(spent, progress)
 
 
 def report(experiment: Experiment, results: Results, logger: Loggers) -> None:

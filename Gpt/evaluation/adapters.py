@@ -79,7 +79,7 @@ class AdapterJudge(Judge):
         multitask = self.multitask()
         progress("distances and costs")
         found = self.novelty([written[0], references[-1], *stored], references[-1])
-        paid = adapter_costs(self.task, self.zoo, price, spent)
+        paid = adapter_costs(self.generator, self.task, self.zoo, price, spent)
         progress("rules and formats")
         ends = written[0], references[0], references[-1]
         lines = [*written, *controls, *references, *stored, *multitask]
@@ -318,7 +318,8 @@ class AdapterJudge(Judge):
             "distance between training adapters",
             "a trained adapter is cheap: where the break-even number of tasks is large, training each one is the "
             "better choice for whoever has labelled examples; the generator needs none",
-            "training an adapter is taken to cost two forward passes of the frozen language model",
+            "training the generator is taken to cost three forward passes of its loss, and training an adapter two of "
+            "the frozen language model",
             *filter(None, [REMARKS.get(tasks.recipe.base), self.gauge()]),
         ]
 

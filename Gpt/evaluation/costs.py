@@ -10,32 +10,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from Gpt.data.zoo import Zoo
 from Gpt.evaluation.results import Costs
-from Gpt.generator import Batch, Generator
 from Gpt.recipes import AdapterRecipe, PpoRecipe, SingleRecipe, SupervisedRecipe
-from Gpt.seeds import rng
 from Gpt.tasks import Task
 
 # A backward pass takes about twice its forward pass: gradients of the inputs and of the weights.
 TRAINING_FACTOR = 3
-MOMENTS = (0.125, 0.375, 0.625, 0.875)  # of a training, whose loss may gain and lose terms on the way
-COUNTED = 16  # examples that the generator's loss is counted on
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a generator and its zoo took: wall-clock seconds, and the operations of the generator's training."""
+    """What a generator and its zoo took: wall-clock seconds, and the examples that it was trained on."""
 
     zoo_seconds: float = 0.0
     training_seconds: float = 0.0
-    training_flops: float = 0.0
+    training_examples: int = 0
 
 
 @dataclass(frozen=True)
 class Price:
-    """What writing one network takes: seconds, of all processes that are at it, and FLOPs."""
+    """What writing one network takes: seconds, of all processes that are at it; FLOPs; and the FLOPs of writing it in a
+    single step without guidance, which is every part of the generator once, as for a training example."""
 
     seconds: float
     flops: float
+    once_flops: float
 
 
 def forward_flops(task: Task) -> float:
@@ -57,25 +55,6 @@ def count_flops(work: Callable[[], object]) -> float:
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
         work()
     return float(counter.get_total_flops())
-
-
-def loss_flops(generator: Generator, draw: Callable[[int, torch.Generator], Batch]) -> float:
-    """FLOPs of the generator's loss and its gradient for one training example, the mean of four moments of training.
-
-    All of it counts: networks that it writes to learn from, and what distillation runs through networks.
-    """
-    device = next(generator.parameters()).device
-    draws = rng(device, 0, "flops")
-    batch, found = draw(COUNTED, draws), []
-
-    @torch.enable_grad()
-    def gradient() -> None:
-        generator.loss(batch, draws).backward()
-
-    for batch.progress in MOMENTS:
-        found.append(count_flops(gradient))
-    generator.zero_grad(set_to_none=True)
-    return sum(found) / len(found) / COUNTED
 
 
 def training_steps(task: Task) -> int | None:
@@ -132,7 +111,7 @@ def costs(task: Task, zoo: Zoo, price: Price, spent: Spent, step_seconds: float 
         sample_seconds=price.seconds,
         train_seconds=train_seconds,
         zoo_flops=count * train_flops,
-        generator_flops=spent.training_flops,
+        generator_flops=spent.training_examples * TRAINING_FACTOR * price.once_flops,
         sample_flops=price.flops,
         train_flops=train_flops,
         break_even=break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),

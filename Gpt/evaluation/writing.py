@@ -61,7 +61,11 @@ class Writer:
         began = time.perf_counter()
         weights = _wait_for(self(request, name))
         seconds = from_first(time.perf_counter() - began) * busy(request.count, self.max_batch) / request.count
-        return weights, Price(seconds, from_first(count_flops(partial(self, request[:1], name))))
+        flops, once_flops = (
+            from_first(count_flops(partial(writer, request[:1], name)))
+            for writer in (self, replace(self, steps=1, guidance=1.0))
+        )
+        return weights, Price(seconds, flops, once_flops)
 
     def _sample(self, request: Request, name: str, first: int) -> Float[Tensor, "count D"]:
         """Networks number `first`, `first + 1`, …"""

@@ -6,7 +6,6 @@ they are operators that vmap calls instead: implicit matrix products with one pr
 """
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
-from torch.utils.flop_counter import register_flop_formula
 
 
 @torch.compiler.assume_constant_result
@@ -171,21 +169,6 @@ def _(gradient, kernels, size, stride, padding, channels_last):
 @kernels_gradient.register_fake
 def _(images, gradient, size, stride, padding):
     return gradient.new_empty(len(gradient), gradient.shape[2], images.shape[2], *size)
-
-
-@register_flop_formula(torch.ops.gpt_weights.population_conv2d)
-def _(images, kernels, *_, out_shape, **__):
-    return 2 * math.prod(out_shape) * math.prod(kernels[2:])
-
-
-@register_flop_formula(torch.ops.gpt_weights.population_conv2d_images_gradient)
-def _(gradient, kernels, *_, **__):
-    return 2 * math.prod(gradient) * math.prod(kernels[2:])
-
-
-@register_flop_formula(torch.ops.gpt_weights.population_conv2d_kernels_gradient)
-def _(images, gradient, *_, out_shape, **__):
-    return 2 * math.prod(gradient) * math.prod(out_shape[2:])
 
 
 # --- vmap: the networks of all calls become the networks of one -------------------------------------------------------

@@ -28,7 +28,6 @@ from Gpt.descriptions import Descriptions
 from Gpt.distillation import distillation
 from Gpt.distributed import on_first_process, primary, together, world
 from Gpt.errors import ConfigError
-from Gpt.evaluation.costs import loss_flops
 from Gpt.evaluation.judge import Judge
 from Gpt.evaluation.judges import judge_of
 from Gpt.generator import Generator
@@ -303,12 +302,6 @@ class Experiment:
         if other.task.metric != self.task.metric:
             raise ConfigError(f"beside: {name} is about {other.task.metric}, this run about {self.task.metric}")
         return other
-
-    def training_flops(self, generator: Generator, steps: int) -> float:
-        """Operations of the generator's training, for `steps` of it."""
-        if not steps:
-            return 0.0
-        return steps * self.config.trainer.batch_size * loss_flops(generator, self.sampler("train"))
 
     @property
     def judging(self) -> type[Judge]:

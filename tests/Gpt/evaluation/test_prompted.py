@@ -28,7 +28,7 @@ SMALL = EvaluationConfig(
 @pytest.fixture(scope="module")
 def results(copying, task, zoo):
     phrases = []
-    spent = Spent(training_seconds=60.0, zoo_seconds=12.0, training_flops=240.0)
+    spent = Spent(training_seconds=60.0, zoo_seconds=12.0, training_examples=10)
     found = PromptJudge(copying, task, zoo, SMALL, "cpu").evaluate(spent, phrases.append)
     assert phrases[0] == "choosing the prompt" and phrases[-1] == "costs"
     assert max(copying.batches) <= 16
@@ -83,7 +83,7 @@ def test_costs_add_up_and_everything_is_plain_json(results):
     costs = results.costs
     saved = costs.train_seconds - costs.sample_seconds
     assert costs.break_even == pytest.approx(72 / saved)
-    assert costs.generator_flops == 240
+    assert costs.generator_flops == 10 * 3 * 8
     assert costs.zoo_flops == 120 * costs.train_flops
     assert json.loads(json.dumps(results.to_json()))["metric"] == "test_loss"
 

@@ -51,7 +51,7 @@ class Replaying(Generator):
 @pytest.fixture(scope="module")
 def copied(zoo, task):
     generator = Replaying(zoo, task)
-    spent = Spent(zoo_seconds=24.0, training_seconds=10.0, training_flops=2400.0)
+    spent = Spent(zoo_seconds=24.0, training_seconds=10.0, training_examples=100)
     results = WholeJudge(generator, task, zoo, CONFIG, "cpu").evaluate(spent)
     assert max(generator.counts) <= CONFIG.max_batch
     return results
@@ -96,7 +96,7 @@ def test_every_row_has_its_best_and_worst_network(copied):
 
 
 def test_costs_and_shared_names(copied):
-    assert copied.costs.sample_flops == 8 and copied.costs.generator_flops == 2400
+    assert copied.costs.sample_flops == 8 and copied.costs.generator_flops == 100 * 3 * 8
     assert copied.costs.train_seconds == 24.0 / 120
     assert [row.name for row in copied.novelty] == [row.name for row in copied.table]
 

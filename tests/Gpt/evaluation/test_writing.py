@@ -97,7 +97,7 @@ def test_passes_and_operations_are_those_of_the_generator(sampler, objective, st
     weights, price = writer.timed(Request(6), "noise")
     assert torch.equal(weights, writer(Request(6), "noise"))
     product = 2 * STRUCTURE.size**2
-    assert price.flops == (1 + passes) * product
+    assert price.flops == (1 + passes) * product and price.once_flops == (1 + 1) * product
     assert price.seconds > 0
     generator.calls = 0
     writer(Request(3), "noise")

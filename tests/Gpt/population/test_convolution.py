@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 from Gpt.networks import MLP, ConvNet
 from Gpt.population import convolution
@@ -201,23 +200,3 @@ def test_a_gpu_finds_what_the_cpu_finds(make):
         found.append([population(here[1]), population.each(here[2]), gradient(here[0].clone(), here[2], here[3])])
     for cpu, gpu in zip(*found, strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-2, atol=1e-3)  # linear layers may use TensorFloat-32
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared images", "own images"])
-def test_operations_are_counted_as_those_of_ordinary_convolutions(shared):
-    images, kernels = torch.randn(1 if shared else 3, 2, 5, 9, 8), torch.randn(3, 4, 5, 3, 2, requires_grad=True)
-    images.requires_grad_(not shared)
-
-    def together():
-        differentiable_conv2d(images, kernels, (2, 1), (1, 0), False).sum().backward()
-
-    def apart():
-        for x, w in zip(images.expand(3, *images.shape[1:]), kernels, strict=True):
-            F.conv2d(x, w, None, (2, 1), (1, 0)).sum().backward()
-
-    counted = []
-    for work in (together, apart):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        counted.append(counter.get_total_flops())
-    assert counted[0] == counted[1] > 0
