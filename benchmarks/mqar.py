@@ -73,7 +73,7 @@ class Contender:
 def contenders(setting: Setting) -> list[Contender]:
     """HGRN2 by growing state (1 is HGRN); Mamba-2 with as large a state, then with as wide a key; attention."""
     width = setting.width
-    expansions = [e for e in (1, 8, 16, 32, 128) if e <= width]
+    expansions = [e for e in (1, 2, 4, 8, 16, 32, 128) if e <= width]
     labels = ["HGRN (e = 1)", *(f"HGRN2, e = {e}" for e in expansions[1:])]
     headdim = min(64, width // 2)
     return [
