@@ -164,9 +164,11 @@ class AdapterJudge(Judge):
             written = {split: self.write(baselines.repeated(prompts, PROMPTS)) for split, prompts in few.items()}
             lines.append(self.line(f"{label}, {name}", "generator", written))
         if self.generator.translates:
-            self.generator.translates = False
-            written = {split: self.write(prompts) for split, prompts in sets.items()}
-            self.generator.translates = True
+            try:
+                self.generator.translates = False
+                written = {split: self.write(prompts) for split, prompts in sets.items()}
+            finally:
+                self.generator.translates = True
             lines.append(self.line(f"{label}, prompts not translated", "generator", written))
         return lines, price
 
