@@ -91,12 +91,13 @@ class Task:
 
     @cached_property
     def template(self) -> nn.Module:
-        """One network of the architecture; only shapes and buffers matter.
+        """One network of the architecture, always the same: what it is verified by does not depend on earlier draws.
 
         Raises:
             TaskError: the constructor fails, as it does where it needs arguments, or builds something else.
         """
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             net = self.call("constructor", self.constructor)
         if not isinstance(net, nn.Module):
             raise TaskError(

@@ -58,6 +58,15 @@ def test_the_required_keys_are_enough():
     assert torch.equal(task.data("validation")[0], task.data("test")[0])
 
 
+def test_the_template_does_not_depend_on_earlier_draws():
+    with torch.random.fork_rng(devices=[]):
+        first = check_entry("regression", ENTRY).template
+        torch.manual_seed(1)
+        second = check_entry("regression", ENTRY).template
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_splits_have_their_own_data_and_are_read_once():
     calls = []
 
