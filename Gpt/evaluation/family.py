@@ -1,13 +1,15 @@
 """The evaluation of a generator for a family of tasks: networks for class masks that no training network was made for.
 
 Every number is a mean over held-out masks, with a 95 % bootstrap interval over masks, and the worst mask stands beside
-it. Selection (guidance, ridge penalties, stored networks) reads the validation masks and validation images; the test
-masks are written for and measured once, on test images.
+it. Some masks are harder than others for everyone, so what tells two ways apart is their difference mask by mask: the
+generator's `lead`. Selection (guidance, ridge penalties, stored networks) reads the validation masks and validation
+images; the test masks are written for and measured once, on test images.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,6 +59,36 @@ class Wish:
     wordings: str = "validation"
 
 
+@dataclass(frozen=True)
+class Line:
+    """A way to obtain networks for masks, and what they score on test images.
+
+    Attributes:
+        scores: {metric: a mean over the networks of every mask}, the metric that the task is about first.
+        worst: that metric of the single networks of the mask they are worst on.
+        held_out: which of the held-out masks these are; None if they are others.
+    """
+
+    name: str
+    kind: str
+    scores: dict[str, Float[Tensor, " masks"]]
+    worst: Float[Tensor, " n"]
+    held_out: Int[Tensor, " masks"] | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def row(self, generator: "Line", task: Task, seed: int) -> Row:
+        """Means over masks with their intervals, and the lead of the generator, which was measured on all of them: how
+        much better it is, mask by mask."""
+        (main, own), *others = self.scores.items()
+        metrics = {main: bootstrap_interval(own, seed)}
+        metrics[f"worst_mask_{task.metric}"] = bootstrap_interval(self.worst, seed)
+        if self is not generator and self.held_out is not None:
+            difference = own - generator.scores[main][self.held_out]
+            metrics["lead"] = bootstrap_interval(difference if task.minimize else -difference, seed)
+        metrics |= {name: bootstrap_interval(values, seed) for name, values in others}
+        return Row(self.name, self.kind, metrics, **self.details)
+
+
 class MaskJudge(Judge):
     """Judges a generator that is told a class mask, by bits, in words, or both; beside it may be asked for a metric."""
 
@@ -81,11 +113,12 @@ class MaskJudge(Judge):
         progress("choosing the guidance")
         wish = self.choose_wish()
         progress("unseen masks")
-        rows, price = self.written(wish)
+        lines, price = self.written(wish)
         paid = costs.costs(self.task, self.zoo, price, spent)
         progress("baselines")
+        lines += [self.ordinary_training(paid), *self.trivial_networks(), self.majority_class()]
         return self.results(
-            table=[*rows, self.ordinary_training(paid), *self.trivial_networks(), self.majority_class()],
+            table=[line.row(lines[0], self.task, self.config.seed) for line in lines],
             training_curves=training_curves(self.zoo, self.task, None, self.config.seed),
             costs=paid,
             notes=self.notes(),
@@ -154,7 +187,7 @@ class MaskJudge(Judge):
         found = test_population(self.task, weights, "validation", masks, device=self.device)
         return found[f"validation_{self.task.metric}"]
 
-    def row(
+    def line(
         self,
         name: str,
         kind: str,
@@ -162,22 +195,16 @@ class MaskJudge(Judge):
         masks: Bool[Tensor, "masks classes"],
         of_mask: Int[Tensor, " P"],
         **details,
-    ) -> Row:
+    ) -> Line:
         """Network i measured on test images for the mask `masks[of_mask[i]]`."""
         columns = test_population(self.task, weights, "test", masks[of_mask], device=self.device)
-        seed, main = self.config.seed, columns.pop(f"test_{self.task.metric}")
-        of_worst = main[of_mask == self.worst_mask(main, of_mask)]
-        intervals = {
-            f"test_{self.task.metric}": bootstrap_interval(per_mask(main, of_mask), seed),
-            f"worst_mask_{self.task.metric}": bootstrap_interval(of_worst, seed),
-        }
-        intervals |= {name: bootstrap_interval(per_mask(other, of_mask), seed) for name, other in columns.items()}
-        return Row(name, kind, intervals, **details)
-
-    def worst_mask(self, metric: Float[Tensor, " P"], of_mask: Int[Tensor, " P"]) -> int:
-        """The mask whose networks are worst on average."""
-        means = per_mask(metric, of_mask)
-        return int(of_mask.unique()[means.argmax() if self.task.minimize else means.argmin()])
+        main = f"test_{self.task.metric}"
+        names = [main, *(name for name in columns if name != main)]
+        scores = {name: per_mask(columns[name], of_mask) for name in names}
+        means, measured = scores[main], of_mask.unique()
+        worst = measured[means.argmax() if self.task.minimize else means.argmin()]
+        held_out = measured if torch.equal(masks, self.masks) else None
+        return Line(name, kind, scores, columns[main][of_mask == worst], held_out, details)
 
     # --- the generator ------------------------------------------------------------------------------------------------
 
@@ -201,7 +228,7 @@ class MaskJudge(Judge):
             return wish
         return best([replace(wish, guidance=g) for g in sorted({*GUIDANCE, self.config.guidance})])
 
-    def written(self, wish: Wish) -> tuple[list[Row], Price]:
+    def written(self, wish: Wish) -> tuple[list[Line], Price]:
         """Networks for the held-out masks, for as many seen ones, and, as a control, for other masks than wanted."""
         label, samples, wish = self.config.label, self.config.samples_per_prompt, replace(wish, wordings="test")
         masks, of_mask = repeated(self.masks, samples)
@@ -213,10 +240,10 @@ class MaskJudge(Judge):
         note = f"{samples} networks a mask; guidance {wish.guidance:g}, chosen on validation masks"
         if wish.wanted is not None:
             note += f"; asked for {self.task.metric} {wish.wanted:.3g}, likewise"
-        rows = [
-            self.row(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
-            self.row(f"{label}, seen masks", "generator", for_familiar, familiar, of_familiar, note=note, **details),
-            self.row(
+        lines = [
+            self.line(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
+            self.line(f"{label}, seen masks", "generator", for_familiar, familiar, of_familiar, note=note, **details),
+            self.line(
                 f"{label}, shuffled masks", "baseline", networks, self.masks, (of_mask + 1) % len(self.masks),
                 note="the networks for unseen masks, each measured on another one",
             ),
@@ -224,29 +251,29 @@ class MaskJudge(Judge):
         if self.descriptions is not None and len(wish.conditions) > 1:
             spoken = self.write(masks, "sentences alone", replace(wish, conditions=("text",)))
             name = f"{label}, unseen masks in words alone"
-            rows.append(self.row(name, "generator", spoken, self.masks, of_mask, note=note, **details))
+            lines.append(self.line(name, "generator", spoken, self.masks, of_mask, note=note, **details))
             read = heard(self.descriptions, self.masks)
             understood = read[of_mask, torch.arange(len(masks)) % read.shape[1]]  # sentences as they were told above
             told = self.write(understood, "sentences read", replace(wish, conditions=("class_mask",)))
             right = float((read == self.masks[:, None]).all(-1).float().mean())
             name, note = f"{label}, unseen masks read off words", f"{right:.0%} of the sentences read without a mistake"
-            rows.append(self.row(name, "generator", told, self.masks, of_mask, note=note, **details))
-        return rows, price
+            lines.append(self.line(name, "generator", told, self.masks, of_mask, note=note, **details))
+        return lines, price
 
     # --- what it has to beat ------------------------------------------------------------------------------------------
 
-    def ordinary_training(self, paid: Costs) -> Row:
+    def ordinary_training(self, paid: Costs) -> Line:
         """The final networks of the held-out runs, each on the mask that it was trained on."""
         stored = baselines.final_stored(self.zoo, self.task, "test")
         of_mask = hamming(self.masks_of_rows(stored.runs), self.masks).argmin(1)
         weights = stored.read(self.zoo, self.device)
         details = {"seconds": paid.train_seconds or None, "flops": paid.train_flops or None}
         steps, note = costs.training_steps(self.task), "trained on these masks"
-        return self.row(
+        return self.line(
             "ordinary training", "reference", weights, self.masks, of_mask, updates=steps, note=note, **details
         )
 
-    def trivial_networks(self) -> list[Row]:
+    def trivial_networks(self) -> list[Line]:
         """Networks that a table of the seen ones gives."""
         seen, weights = self.seen
         wanted, one_each = self.masks, torch.arange(len(self.masks))
@@ -259,10 +286,10 @@ class MaskJudge(Judge):
             "kernel ridge from mask to weights": self.regression(kernel_ridge_networks, KERNEL_SETTINGS),
             "mean network": (mean_network(wanted, weights), "of all seen ones"),
         }
-        rows = [self.row(name, "baseline", found, wanted, one_each, note=note) for name, (found, note) in sets.items()]
-        return [*self.complements(), *rows]
+        found = [self.line(name, "baseline", made, wanted, one_each, note=note) for name, (made, note) in sets.items()]
+        return [*self.complements(), *found]
 
-    def complements(self) -> list[Row]:
+    def complements(self) -> list[Line]:
         """Networks of the complements with their outputs swapped, for the held-out masks whose complement was seen."""
         seen, weights = self.seen
         distance = hamming(~self.masks, seen)
@@ -272,7 +299,7 @@ class MaskJudge(Judge):
         best = distance[of_mask].argmin(1).to(weights.device)
         swapped = swap_outputs(weights[best], self.task.structure)
         note = f"{len(of_mask)} of {len(self.masks)} masks have theirs in training"
-        return [self.row("complement with swapped outputs", "baseline", swapped, self.masks, of_mask, note=note)]
+        return [self.line("complement with swapped outputs", "baseline", swapped, self.masks, of_mask, note=note)]
 
     def regression(
         self, regress: Callable[..., Float[Tensor, "P D"]], candidates: list[dict[str, float]]
@@ -287,14 +314,13 @@ class MaskJudge(Judge):
         chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
         return regress(self.masks, seen, weights, **best), f"{chosen}; chosen on validation masks"
 
-    def majority_class(self) -> Row:
+    def majority_class(self) -> Line:
         """Always the answer that is right more often on the training images: no network at all."""
         train, test = (self.masks[:, self.task.data(split)[1]] for split in ("train", "test"))
         usual = train.float().mean(1, keepdim=True) > 0.5
         error = 100 * (test != usual).float().mean(1)
-        worst = bootstrap_interval(error.max()[None], self.config.seed)
-        metrics = {"test_error": bootstrap_interval(error, self.config.seed), "worst_mask_error": worst}
-        return Row("majority class", "baseline", metrics, note="no network")
+        every, scores = torch.arange(len(error)), {"test_error": error}
+        return Line("majority class", "baseline", scores, error.max()[None], every, {"note": "no network"})
 
     def notes(self) -> list[str]:
         family = self.family

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
 from Gpt.evaluation.results import Interval, Novelty, PromptCurve, Results, Trace
@@ -84,22 +85,28 @@ def optimisers(results: Results) -> Figure:
 @styled
 def side_by_side(results: Results) -> Figure:
     """What every way costs in updates of one network, and what it reaches: none for generation and for a stored
-    network, one for one-step optimisation, many for ordinary training, whose course is drawn where the zoo knows it."""
+    network, one for one-step optimisation, many for ordinary training, whose course is drawn where the zoo knows it
+    (start and end alone are no course)."""
     rows = _present(side_by_side_rows(results), "training curve and no other run")
     levels = [(row, row.metrics[results.metric]) for row in rows]
     figure = new_figure(11.5, 6.0)
     axis = figure.subplots()
-    _draw_traces(axis, results.training_curves)
+    _draw_traces(axis, [trace for trace in results.training_curves if len(trace.x) > 2])
+    updates = [row.updates or 0 for row in rows]
     for place, (row, level) in enumerate(levels):
         low, mean, high = _finite([level.low, level.mean, level.high])
-        x = row.updates or 0
-        look: dict[str, Any] = {"color": COLOURS[row.kind], "zorder": 3}
+        x = updates[place]
+        beside = updates[:place].count(x) - (updates.count(x) - 1) / 2  # markers apart, where rows cost the same
+        moved = axis.transData + ScaledTranslation(beside * 12 / 72, 0, figure.dpi_scale_trans)
+        look: dict[str, Any] = {"color": COLOURS[row.kind], "zorder": 3, "transform": moved}
         axis.plot([x, x], [low, high], lw=4, alpha=0.45, solid_capstyle="butt", **look)
         axis.plot([x], [mean], MARKERS[place % len(MARKERS)], ms=9, label=row.name, **look)
+        axis.update_datalim([(x, y) for y in (low, mean, high) if np.isfinite(y)])  # what is moved does not count
         axis.axhline(mean, lw=0.9, dashes=(4, 3), color=COLOURS[row.kind], zorder=1.5)
+    axis.autoscale_view()
     axis.set_xscale("symlog", linthresh=1)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlim(-0.2, 1.2 * max(1, *(row.updates or 0 for row in rows), *(max(t.x) for t in results.training_curves)))
+    axis.set_xlim(-0.3, 1.2 * max(1, *updates, *(max(t.x) for t in results.training_curves)))
     drawn = [*_trace_values(results.training_curves), *(level.mean for _, level in levels)]
     metric_scale(axis, "y", drawn, results.minimize)
     axis.set_xlabel("updates behind one network")

@@ -14,7 +14,8 @@ PERCENTAGES = ("error", "exact", "format", "content", "closed")
 def metric_label(metric: str) -> str:
     """`test_error` -> `test error (%)`; a metric's split and name as words, with its unit."""
     words = metric.replace("_", " ")
-    return f"{words} (%)" if words.split()[-1] in PERCENTAGES else words
+    last = words.split()[-1]
+    return f"{words} (%)" if last in PERCENTAGES else f"{words} (points)" if last == "lead" else words
 
 
 def format_number(value: float, digits: int = 4) -> str:
@@ -58,11 +59,10 @@ def format_flops(flops: float | None) -> str:
 
 
 def metric_columns(results: Results) -> list[str]:
-    """Every metric that some row of the table carries, the one the evaluation is about first."""
-    names = dict.fromkeys([results.metric])
-    for row in results.table:
-        names |= dict.fromkeys(row.metrics)
-    return list(names)
+    """Every metric that some row of the table carries, the one the evaluation is about first, leads in it next."""
+    carried = dict.fromkeys(name for row in results.table for name in row.metrics)
+    first = [results.metric, *(name for name in carried if name == "lead")]
+    return list(dict.fromkeys([*first, *carried]))
 
 
 def find_row(results: Results, kind: str, name: str = "") -> Row | None:
@@ -186,14 +186,22 @@ def _with_interval(interval: Interval) -> str:
 
 
 def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
-    """Better or worse only where the two intervals do not touch; a mean that is not finite beats nothing."""
-    other = row.metrics[results.metric]
+    """Better or worse only where the lead, or else two intervals that do not touch, says so; a mean that is not finite
+    beats nothing."""
+    other, lead = row.metrics[results.metric], row.metrics.get("lead")
     below, above = scored.high < other.low, scored.low > other.high
+    better, worse = (lead.low > 0, lead.high < 0) if lead else (below, above) if results.minimize else (above, below)
     diverged = math.isfinite(other.mean) and not math.isfinite(scored.mean)
-    if below or above or diverged:
-        verdict = "beats" if below == results.minimize and not diverged else "is worse than"
-        return f"It {verdict} {name}, which reaches {_with_interval(other)}."
-    return f"It cannot be told from {name}: {_with_interval(other)}, and the intervals overlap."
+    if better or worse or diverged:
+        verdict = "beats" if better and not diverged else "is worse than"
+        margin = f", by {_with_interval(_absolute(lead))} one by one" if lead else ""
+        return f"It {verdict} {name}, which reaches {_with_interval(other)}{margin}."
+    reason = f"it leads by {_with_interval(lead)} one by one" if lead else "the intervals overlap"
+    return f"It cannot be told from {name}: {_with_interval(other)}, and {reason}."
+
+
+def _absolute(lead: Interval) -> Interval:
+    return lead if lead.mean >= 0 else Interval(-lead.mean, -lead.high, -lead.low, lead.count)
 
 
 def _alignment_sentences(results: Results) -> list[str]:

@@ -13,10 +13,11 @@ from Gpt.descriptions import Descriptions
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.evaluation import family
 from Gpt.evaluation.costs import Spent
-from Gpt.evaluation.family import MaskJudge, Wish
+from Gpt.evaluation.family import Line, MaskJudge, Wish
 from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.evaluation.population import correct_population
 from Gpt.evaluation.population import test_population as measure
+from Gpt.evaluation.statistics import bootstrap_interval
 from Gpt.generator import Generator
 from Gpt.masks import MaskSplit, hamming
 from Gpt.recipes import SupervisedRecipe
@@ -107,10 +108,10 @@ def rows_of(generator, task, zoo, **config) -> dict:
 def test_fewer_masks_may_be_left_for_training_than_are_held_out(task, zoo):
     few = replace(task, family=MaskSplit(held_out=400, validation=60))
     assert len(few.family.train_masks) == 102
-    rows, _ = judge(Writing(task), few, zoo).written(Wish(1.0))
-    counts = {row.name: row.metrics["test_error"].count for row in rows}
+    lines, _ = judge(Writing(task), few, zoo).written(Wish(1.0))
+    counts = {line.name: len(line.scores["test_error"]) for line in lines}
     assert counts == {"ours, unseen masks": 400, "ours, seen masks": 102, "ours, shuffled masks": 400}
-    assert all(row.metrics["test_error"].mean == 0 for row in rows[:2])
+    assert all((line.scores["test_error"] == 0).all() for line in lines[:2])
 
 
 def test_every_row_is_what_it_must_be(task, zoo):
@@ -143,6 +144,24 @@ def test_the_worst_mask_and_the_share_of_failures(task, zoo):
     assert row.metrics["worst_mask_error"].mean == 100
     assert row.metrics["worst_mask_error"].count == CONFIG.samples_per_prompt
     assert rows["ours, seen masks"].metrics["test_error"].mean == 0
+
+
+def test_the_lead_is_the_difference_mask_by_mask(task, zoo):
+    """Failures cost 100 points on two masks; what a row's own masks differ in does not widen the interval."""
+    failing = FAMILY.test_masks[[2, 4]]
+    rows = rows_of(Writing(task, lambda mask, guidance: bool((mask == failing).all(1).any())), task, zoo)
+    own = torch.zeros(FAMILY.held_out)
+    own[[2, 4]] = 100
+    distance = hamming(FAMILY.test_masks, FAMILY.train_masks).min(1).values.float()
+    expected = bootstrap_interval(10 * distance - own, CONFIG.seed)
+    assert vars(rows["retrieval: nearest seen mask"].metrics["lead"]) == pytest.approx(vars(expected))
+    assert rows["ordinary training"].metrics["lead"].mean == pytest.approx(-200 / FAMILY.held_out)
+    unpaired = {name for name, row in rows.items() if "lead" not in row.metrics}
+    assert unpaired == {"ours, unseen masks", "ours, seen masks"}  # itself, and other masks
+
+    upwards = Line("other", "baseline", {"test_accuracy": torch.tensor([70.0])}, torch.ones(1), torch.tensor([1]))
+    ours = replace(upwards, scores={"test_accuracy": torch.tensor([50.0, 95.0])}, held_out=torch.arange(2))
+    assert upwards.row(ours, replace(task, minimize=False), 0).metrics["lead"].mean == 25
 
 
 def test_guidance_is_chosen_on_validation_masks_and_test_masks_are_met_once(task, zoo):
@@ -291,7 +310,9 @@ def test_results_are_drawn_and_reported(task, zoo, tmp_path, check_settings):
     results = check_settings(judge(Writing(task), task, zoo))
     json.dumps(results.to_json())
     assert "ours, unseen masks" in print_table(results)
-    assert "retrieval" in summarise(results) and "ordinary training" in summarise(results)
+    summary = summarise(results)
+    assert "ordinary training" in summary and " one by one" in summary
+    assert "lead (points)" in write_report(tmp_path, results, {}, tmp_path / "metrics.jsonl", {}).read_text()
     (tmp_path / "metrics.jsonl").write_text("")
     figures = save_figures(results, tmp_path / "metrics.jsonl", tmp_path)
     page = write_report(tmp_path, results, {}, tmp_path / "metrics.jsonl", figures)

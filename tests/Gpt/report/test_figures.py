@@ -55,6 +55,20 @@ def test_one_update_generation_and_training_stand_on_one_axis(synthetic_results,
     assert "G.pt, 5 updates, best attainable" not in drawn and "soup" not in drawn
     (curve,) = (line for line in axis.lines if len(line.get_xdata()) == 4)
     np.testing.assert_array_equal(curve.get_ydata(), synthetic_results.training_curves[0].mean)
+    at_zero = [line for line in axis.lines if line.get_label() in ("RPG, written from noise (other)", "retrieval")]
+    places = [line.get_transform().transform(line.get_xydata())[0, 0] for line in at_zero]
+    assert abs(places[0] - places[1]) > 10  # pixels: one marker does not hide the other
+    low, high = axis.get_ylim()
+    levels = [row.metrics["test_loss"] for row in synthetic_results.table if row.name in (*points, "ordinary training")]
+    assert len(levels) == 4 and all(low <= level.low and level.high <= high for level in levels)
+
+    ends = dataclasses.replace(
+        synthetic_results.training_curves[0],
+        **{name: getattr(synthetic_results.training_curves[0], name)[::3] for name in ("x", "mean", "low", "high")},
+    )
+    axis = figures.side_by_side(dataclasses.replace(synthetic_results, training_curves=[ends])).axes[0]
+    assert len(ends.x) == 2 and not axis.collections  # no line and no band through two points
+
     own = [row for row in synthetic_results.table if not row.run]
     alone = dataclasses.replace(synthetic_results, table=own, training_curves=[])
     assert "side_by_side" not in figures.save_figures(alone, tmp_path / "none.jsonl", tmp_path)

@@ -54,6 +54,7 @@ def test_units():
     ]  # fmt: skip
     assert metric_label("test_error") == "test error (%)"
     assert metric_label("test_loss") == "test loss"
+    assert metric_label("s2_lead") == "s2 lead (points)"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,27 @@ def test_units():
 )
 def test_the_summary_claims_a_difference_only_between_disjoint_intervals(generator, minimize, verdict):
     assert verdict in summarise(results_of(generator, Interval(0.5, 0.45, 0.55, 8), minimize))
+
+
+@pytest.mark.parametrize("minimize", [True, False])
+@pytest.mark.parametrize(
+    ("lead", "verdict"),
+    [
+        (Interval(0.2, 0.1, 0.3, 8), "beats returning a stored network"),
+        (Interval(-0.2, -0.3, -0.1, 8), "is worse than returning a stored network"),
+        (Interval(0.2, -0.1, 0.5, 8), "cannot be told from returning a stored network"),
+    ],
+)
+def test_a_lead_tells_more_than_two_intervals(lead, verdict, minimize):
+    """The two intervals overlap, whatever their difference."""
+    found = results_of(Interval(0.4, 0.2, 0.55, 8), Interval(0.5, 0.45, 0.55, 8), minimize)
+    rows = [
+        dataclasses.replace(row, metrics=row.metrics | {"lead": lead}) if row.kind == "baseline" else row
+        for row in found.table
+    ]
+    summary = summarise(dataclasses.replace(found, table=rows))
+    assert verdict in summary
+    assert ("by 0.20 (0.10 … 0.30) one by one" in summary) == (lead.low * lead.high > 0)
 
 
 def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_results):
