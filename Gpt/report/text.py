@@ -129,16 +129,20 @@ def summarise(results: Results) -> str:
 
 
 def print_table(results: Results) -> str:
-    """The table as plain text, at most 120 columns wide; side metrics and notes are left out where they do not fit."""
-    metrics = metric_columns(results)
+    """The table as plain text, at most 120 columns wide; what does not fit is left out: notes, metrics from the fourth
+    on, compute, the other side metrics."""
+    metrics, last = metric_columns(results), len(("updates", "time", "compute"))
     while True:
-        header = ["name", "kind", *metrics, "updates", "time", "compute"]
-        lines = [header, *(_cells(row, metrics) for row in results.table)]
+        header = ["name", "kind", *metrics, *("updates", "time", "compute")[:last]]
+        lines = [header, *(_cells(row, metrics)[: len(header)] for row in results.table)]
         widths = [min(42, max(len(line[i]) for line in lines)) for i in range(len(header))]
         free = 120 - sum(widths) - 2 * len(widths)
         if free >= 0 or len(metrics) == 1:
             break
-        metrics.pop()
+        if len(metrics) > 3 or last == 2:
+            metrics.pop()
+        else:
+            last = 2
     notes = ["note", *(row.note for row in results.table)] if free >= 16 else [""] * len(lines)
     rendered = []
     for line, note in zip(lines, notes, strict=True):
@@ -194,9 +198,9 @@ def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
     diverged = math.isfinite(other.mean) and not math.isfinite(scored.mean)
     if better or worse or diverged:
         verdict = "beats" if better and not diverged else "is worse than"
-        margin = f", by {_with_interval(_absolute(lead))} one by one" if lead else ""
+        margin = f", by {_with_interval(_absolute(lead))} points one by one" if lead else ""
         return f"It {verdict} {name}, which reaches {_with_interval(other)}{margin}."
-    reason = f"it leads by {_with_interval(lead)} one by one" if lead else "the intervals overlap"
+    reason = f"one by one it leads by {_with_interval(lead)} points" if lead else "the intervals overlap"
     return f"It cannot be told from {name}: {_with_interval(other)}, and {reason}."
 
 

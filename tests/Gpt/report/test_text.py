@@ -90,7 +90,7 @@ def test_a_lead_tells_more_than_two_intervals(lead, verdict, minimize):
     ]
     summary = summarise(dataclasses.replace(found, table=rows))
     assert verdict in summary
-    assert ("by 0.20 (0.10 … 0.30) one by one" in summary) == (lead.low * lead.high > 0)
+    assert ("by 0.20 (0.10 … 0.30) points one by one" in summary) == (lead.low * lead.high > 0)
 
 
 def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_results):
@@ -147,6 +147,14 @@ def test_many_metrics_leave_the_main_one_in_the_table(synthetic_results):
     text = print_table(dataclasses.replace(synthetic_results, table=[crowded]))
     assert max(map(len, text.splitlines())) <= 120
     assert "test_loss" in text and "0.348" in text
+
+
+def test_a_lead_and_the_worst_are_worth_more_room_than_the_number_of_operations(synthetic_results):
+    row = dataclasses.replace(synthetic_results.table[0], name="x" * 42, seconds=1.0, flops=1e9)
+    measured = {name: row.metrics["test_error"] for name in ("worst_mask_error", "lead", "test_other")}
+    crowded = dataclasses.replace(row, metrics={"test_loss": row.metrics["test_loss"]} | measured)
+    header = print_table(dataclasses.replace(synthetic_results, table=[crowded])).splitlines()[2].split()
+    assert header == ["name", "kind", "test_loss", "lead", "worst_mask_error", "updates", "time"]
 
 
 def test_the_controls_are_compared_with_the_curve_that_was_asked_the_same(synthetic_results):
