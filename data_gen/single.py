@@ -6,6 +6,7 @@ bfloat16 products and channels-last memory on CUDA devices; the data set and its
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,15 +157,16 @@ def _initial_network(task: Task, run_id: int, seed: int, device: torch.device) -
 
 
 def _optimizer(net: nn.Module, recipe: SingleRecipe) -> torch.optim.Optimizer:
-    """Of torch.optim; biases, norms and other vectors are not decayed."""
+    """Of torch.optim, on a GPU as one kernel; biases, norms and other vectors are not decayed."""
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "fused": trained[0].is_cuda}
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.learning_rate)
+        return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **options)
 
 
 @contextmanager
