@@ -62,7 +62,7 @@ from rpg.write_adapter import read_tasks, write_adapter
 
 COUNT = 8
 WORDS = ("prompt", "prompts", "mask", "base_name", "out")  # options whose values are taken as they are
-WHERE = ("run.", "data.root=", "device=")  # say where the run and its data are, and change nothing about it
+WHERE = ("run.", "data.root=", "data.download=", "device=", "logger")  # settings that leave a run what it is
 
 
 @dataclass(frozen=True)

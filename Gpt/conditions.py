@@ -50,7 +50,9 @@ class MetricScale(nn.Module):
         positions = torch.linspace(0, len(values) - 1, len(self.knots), dtype=torch.float64)
         knots = values[positions.round().long().to(values.device)]
         # Equal knots are moved up, one gap after the other: a step of zero width would have no inverse, in float32 too.
-        gap = torch.maximum((values[-1] - values[0]) * 1e-4, values.abs().max() * 1e-6).clamp_min(1e-10)
+        # A few runs that went astray must not widen it for all others, hence the inner knots.
+        edge = len(knots) // 16
+        gap = torch.maximum((knots[-1 - edge] - knots[edge]) * 1e-4, knots[-1 - edge].abs() * 1e-6).clamp_min(1e-10)
         gaps = gap * torch.arange(len(knots), device=knots.device)
         self.knots.copy_(torch.cummax(knots - gaps, dim=0).values + gaps)
         self.center.copy_(values.mean())

@@ -53,7 +53,8 @@ class Structure:
         tensors: the floating-point tensors that make up the flat vector.
         keys: all state_dict keys in their order.
         aliases: tied tensors, `{alias: name of the tensor that holds the values}`.
-        fixed: integer, boolean and empty tensors (counters, masks), copied verbatim into every written network.
+        fixed: integer, boolean and empty tensors (counters, masks), copied verbatim into every written network: those
+            of the network that the structure was read off.
         groups: `{group: number of units}` of the hidden-unit permutations.
     """
 
@@ -87,7 +88,7 @@ class Structure:
         owners: dict[tuple, str] = {}
         tensors, aliases, fixed, offset = [], {}, {}, 0
         for name, value in state.items():
-            storage = (value.data_ptr(), tuple(value.shape), value.dtype)
+            storage = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
             if value.is_complex():
                 raise StructureError(f"{name!r} is complex; generators write real weights, use torch.view_as_real")
             if not value.is_floating_point() or value.numel() == 0:
@@ -128,6 +129,18 @@ class Structure:
                 raise StructureError(f"{t.name!r} has shape {tuple(value.shape)}, the architecture has {t.shape}")
             parts.append(value.reshape(*value.shape[:lead], t.numel).float())
         return torch.cat(parts, dim=-1)
+
+    def check_fixed(self, state: Mapping[str, Tensor]) -> None:
+        """Raises:
+        StructureError: an integer or boolean tensor is not what this architecture copies into every network; the
+            message names it. Batch norm's counters may differ: they count batches, and no network reads them.
+        """
+        for name, value in self.fixed.items():
+            if name.rsplit(".", 1)[-1] != "num_batches_tracked" and not torch.equal(state.get(name, value), value):
+                raise StructureError(
+                    f"{name!r} ({value.dtype}) is not generated but copied, and differs from the constructor's; have "
+                    "the task's constructor make the network with these values"
+                )
 
     def unflatten(self, weights: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
         """Views `{name: [*batch, *shape]}` into flat rows, generated tensors only (what `functional_call` needs)."""

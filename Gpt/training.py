@@ -131,7 +131,7 @@ def train(
             _check_finite("gradient norm", norm.item(), state.step, config)
         if validate:
             judged = session.judged()
-            facts = from_first(_validate(judged, draw_validation, score, config, device, seed))
+            facts = from_first(_validate(judged, draw_validation, score, config, device, seed, state.step))
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
             session.keep_if_best(judged, facts)
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
@@ -284,7 +284,8 @@ def _optimizer(generator: Generator, config: TrainerConfig, device: torch.device
     if matrices:
         taken = {id(p) for p in matrices}
         groups = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-        groups.append({"params": matrices, "muon": True, "lr": config.muon_learning_rate, "weight_decay": 0.0})
+        muon = {"muon": True, "lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
+        groups.append({"params": matrices, **muon})
     optimizer = MuonAdamW(groups, lr=config.learning_rate, betas=config.betas, fused=device.type == "cuda")
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
@@ -308,13 +309,17 @@ def _validate(
     config: TrainerConfig,
     device: torch.device,
     seed: int,
+    step: int,
 ) -> dict[str, float]:
-    """Validation loss on the same examples and noise every time, and the score of written networks."""
+    """Validation loss on the same examples and noise every time, with the terms that training has at that step, and the
+    score of written networks."""
     total = 0.0
     with evaluating(generator):
         for i in range(config.validation_batches):
             noise = rng(device, seed, "validation", i)
-            total += generator.loss(draw(config.batch_size // config.slices, noise), noise).item()
+            batch = draw(config.batch_size // config.slices, noise)
+            batch.progress = step / config.steps
+            total += generator.loss(batch, noise).item()
     return {"loss": total / config.validation_batches, **score(generator)}
 
 

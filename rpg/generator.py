@@ -170,7 +170,9 @@ class Rpg(Generator):
         return request if self.identities is None else request + self.identities(identity)
 
     def _network(self, request: Float[Tensor, "B width"]) -> Callable[[Tensor, Tensor], Tensor]:
-        prototypes, anchor = self.prototypes(request)[:, self.layout.place], self.latents.anchor[None]
+        alike = self.identities is None and not self.conditions.encoders  # then one set of prototypes is for all
+        prototypes = self.prototypes(request[:1] if alike else request)[:, self.layout.place]
+        anchor = self.latents.anchor[None]
 
         def network(z_t: Tensor, t: Tensor) -> Tensor:
             alpha, sigma = self.objective.alpha_sigma(t)

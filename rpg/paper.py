@@ -6,7 +6,11 @@ differs from that code where the code fails, and only there:
     padding is a boolean mask, not NaN; a layer that never varies is restored to the bit, not by way of 0/0
     learned scalars are generated like other weights; only counters are copied
     tokens are cut and joined in one key order, and tied tensors once
-    DDIM begins at the last time and ends on clean data (theirs begins at 945 of 1,000 and leaves 1 % of noise)
+    DDIM begins at the last time and ends on clean data (theirs begins at 945 of 1,000 and leaves 1 % of noise), and is
+        deterministic (theirs has eta 0.05)
+    a layer's scale is the spread of all its weights in all checkpoints (theirs is the mean of each checkpoint's), and a
+        written variance is 0 at least (theirs 0.001)
+    tokens are as long as the longest tensor at most, for networks smaller than one published token
     sampling is seeded; identities are initialised apart (theirs all at the same constant)
 
 Their trainer for unseen tasks lost its optimizer step; `Gpt.training` steps. Where there is no condition they add the

@@ -16,7 +16,7 @@ _BOTH_WAYS = {"transformer": {"causal": False}, "none": {}}
 
 
 class Prototypes(nn.Module):
-    """What each place should hold, given the request: `[B, width] -> [B, P, width]`.
+    """What each place should hold, given the request: `[B, width] -> [B, P, width]`, or `[1, …]` for one of all.
 
     Neighbouring sinusoids are nearly parallel; the token table, of rank `rank`, gives every place a direction of its
     own. A sequence model reads them both ways, so that early layers know of late ones.
@@ -31,6 +31,6 @@ class Prototypes(nn.Module):
         both_ways = _BOTH_WAYS.get(backbone, {"bidirectional": True})
         self.backbone = build_backbone(backbone, width, depth=depth, **both_ways)
 
-    def forward(self, request: Float[Tensor, "B width"]) -> Float[Tensor, "B P width"]:
+    def forward(self, request: Float[Tensor, "#B width"]) -> Float[Tensor, "#B P width"]:
         places = self.position() + self.table @ self.directions
         return self.backbone(places + request[:, None])

@@ -219,7 +219,7 @@ class Latents(nn.Module):
         self.variance_scale[self.variance_scale <= 0] = 1
         self.spread.fill_(1)
         values = self._log(weights)
-        mean = values.double().mean(0, keepdim=True)
+        mean = values.mean(0, keepdim=True, dtype=torch.float64)
         mean = mean if self._shared is None else self._shared(mean)
         for where in self._slices:
             self._fit_tensor(where, values[:, where].double(), weights[:, where].double(), mean[0, where])

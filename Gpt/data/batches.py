@@ -81,8 +81,23 @@ class BatchSampler:
     def __call__(self, count: int, rng: torch.Generator) -> Batch:
         """`count` independent examples."""
         chosen = torch.randint(len(self.rows), (count,), generator=rng, device=rng.device)
-        rows = self.rows[chosen]
         start, target = self._pairs(count, rng) if self.with_start else (None, self._singles(count, rng))
+        return self._batch(chosen, start, target, rng)
+
+    def distinct(self, most: int, rng: torch.Generator) -> Batch:
+        """`most` different networks without starts, all of them where there are no more."""
+        networks = torch.randperm(len(self.rows) * self._last, generator=rng, device=rng.device)[:most]
+        return self._batch(networks // self._last, None, self.zoo.snapshots - 1 - networks % self._last, rng)
+
+    def _batch(
+        self,
+        chosen: Int[Tensor, " B"],
+        start: Int[Tensor, " B"] | None,
+        target: Int[Tensor, " B"],
+        rng: torch.Generator,
+    ) -> Batch:
+        """Snapshots of the chosen ones of the split's runs, and the prompts that they answer."""
+        count, rows = len(chosen), self.rows[chosen]
         weights = [self.zoo.read(rows, snapshots) for snapshots in (target, start) if snapshots is not None]
         if self.permute:
             index = random_index(self.zoo.structure, self.task.aug_fn, self.task.template, count, rng)
@@ -94,7 +109,7 @@ class BatchSampler:
         if self.identities:
             prompt["identity"] = chosen % self.identities
         masks = None if self.masks is None else self.masks[rows]
-        return Batch(weights[0], weights[1] if self.with_start else None, prompt, masks=masks)
+        return Batch(weights[0], None if start is None else weights[1], prompt, masks=masks)
 
     def _pairs(self, count: int, rng: torch.Generator) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
         """Snapshot indices (start, target) with start < target."""
@@ -103,9 +118,13 @@ class BatchSampler:
         initial = _uniform(count, rng) < self.config.from_initial
         return torch.where(initial, 0, first), torch.where(initial, spacing, first + spacing)
 
+    @property
+    def _last(self) -> int:
+        """How many snapshots at the end of each run may be targets."""
+        return min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
+
     def _singles(self, count: int, rng: torch.Generator) -> Int[Tensor, " B"]:
-        last = min(self.config.last_snapshots or self.zoo.snapshots, self.zoo.snapshots)
-        return self.zoo.snapshots - 1 - torch.randint(last, (count,), generator=rng, device=rng.device)
+        return self.zoo.snapshots - 1 - torch.randint(self._last, (count,), generator=rng, device=rng.device)
 
     def _prompt(self, rows: Tensor, start: Tensor | None, target: Tensor) -> Prompt:
         prompt: Prompt = {}

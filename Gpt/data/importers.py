@@ -93,7 +93,8 @@ def checkpoint_runs(folder: Path, structure: Structure) -> list[ForeignRun]:
 
     Raises:
         ZooError: there are no checkpoints, or a file cannot be read; names it.
-        StructureError: a file's tensors are not those of the task's architecture; names file and tensor.
+        StructureError: a file's tensors are not those of the task's architecture, or hold other integers than the
+            constructor's network, of which there is one for all; names file and tensor.
     """
     flat = _checkpoints(folder)
     nested = [sub for sub in sorted(folder.glob("*/"), key=_natural) if _checkpoints(sub)]
@@ -259,6 +260,7 @@ def _read_checkpoints(files: list[Path], structure: Structure) -> Float[Tensor, 
         state = _state_dict(file)
         try:
             rows.append(structure.flatten(state))
+            structure.check_fixed(state)
         except StructureError as error:
             raise StructureError(f"{file}: {error}") from error
     return torch.stack(rows)

@@ -70,7 +70,7 @@ class GraphTransformer(nn.Module):
         request: Float[Tensor, "B width"],
         alpha: Float[Tensor, " B"],
         sigma: Float[Tensor, " B"],
-        codes: Float[Tensor, "B T width"] | None = None,
+        codes: Float[Tensor, "#B T width"] | None = None,
     ) -> Float[Tensor, "B D"]:
         """
         Args:

@@ -43,7 +43,7 @@ from Gpt.training import Sampler, mixed_precision
 from rpg.registry import build_generator
 
 FIT_EXAMPLES = 8192  # examples that normalisation scales are read off, fewer where networks are large
-FIT_WEIGHTS = 2**28
+FIT_WEIGHTS = 2**29
 
 
 @dataclass
@@ -62,8 +62,6 @@ class Experiment:
             raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
         if wanted == "cuda" and world() > 1:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        precision = "high" if self.config.trainer.precision == "tf32" else "highest"
-        torch.set_float32_matmul_precision(precision)  # torch keeps one setting for the whole process
         try:
             return torch.device(wanted)
         except RuntimeError as error:
@@ -247,6 +245,7 @@ class Experiment:
 
     def trained(self) -> Generator:
         """The generator with its best weights, or with the published ones of `resume_path`."""
+        self._set_precision()
         path = self.config.resume_path
         if path is None:
             self.checkpoints.load_best(self.generator)
@@ -282,10 +281,19 @@ class Experiment:
         resolve_checkpoint(self.config.resume_path)
 
     def fit(self) -> None:
-        """Let the generator read its scales off training examples."""
-        networks = self.zoo.runs * self.zoo.snapshots  # a small zoo has no more to tell, however often it is drawn
-        count = min(FIT_EXAMPLES, 4 * networks, max(8, FIT_WEIGHTS // self.task.structure.size))
-        self.generator.fit(self.sampler("train")(count, rng(self.device, self.config.seed, "fit")))
+        """Let the generator read its scales off training examples: different networks, as far as there are enough."""
+        self._set_precision()
+        sampler, draws = self.sampler("train"), rng(self.device, self.config.seed, "fit")
+        count = min(FIT_EXAMPLES, max(8, FIT_WEIGHTS // self.task.structure.size))
+        if isinstance(sampler, BatchSampler) and not sampler.with_start:
+            self.generator.fit(sampler.distinct(count, draws))
+        else:
+            networks = self.zoo.runs * self.zoo.snapshots  # no more to tell, however often they are drawn
+            self.generator.fit(sampler(min(count, 4 * networks), draws))
+
+    def _set_precision(self) -> None:
+        """Of float32 products from here on; torch keeps one setting for the whole process."""
+        torch.set_float32_matmul_precision("high" if self.config.trainer.precision == "tf32" else "highest")
 
     def beside(self, config: RunConfig, name: str) -> "Experiment":
         """Another run with this one's data, device, logger and folder of runs; a shared zoo is collected alike.

@@ -49,6 +49,17 @@ def test_the_scale_is_the_quantile_and_the_standard_score():
     torch.testing.assert_close(score, (values - values.mean()) / values.std(), rtol=1e-4, atol=1e-4)
 
 
+def test_runs_that_went_astray_leave_the_scale_of_the_others():
+    """A hundred losses of up to 10,000 among eight thousand from 0.1 to 0.3: below these, quantiles stay quantiles."""
+    values, astray = torch.linspace(0.1, 0.3, 8000), torch.linspace(100, 10_000, 100)
+    plain, scale = MetricScale(), MetricScale()
+    plain.fit(values)
+    scale.fit(torch.cat([values, astray]))
+    probes = torch.linspace(0.1, 0.29, 20)
+    torch.testing.assert_close(scale(probes)[0], plain(probes)[0] * 8000 / 8100, rtol=0, atol=0.02)
+    assert (scale(astray)[0].diff() > 0).all()
+
+
 def test_fourier_features_in_closed_form():
     features = fourier_features(torch.tensor([0.0, 0.25]), octaves=2)
     root = math.sqrt(0.5)

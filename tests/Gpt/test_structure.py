@@ -109,6 +109,16 @@ def test_what_is_generated_what_is_tied_and_what_is_copied():
     assert [t.offset for t in structure.tensors] == ends[:-1]
 
 
+def test_a_transposed_view_is_no_tie():
+    """It has the same storage, and other values."""
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1].weight = nn.Parameter(net[0].weight.detach().T)
+    structure = Structure.of(net)
+    assert structure.aliases == {}
+    back = structure.state_dict(structure.flatten(net.state_dict()))
+    assert all(torch.equal(back[name], value) for name, value in net.state_dict().items())
+
+
 def test_a_module_its_state_dict_and_its_meta_twin_have_one_structure():
     net = Flattening()
     with torch.device("meta"):

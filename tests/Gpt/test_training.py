@@ -24,7 +24,7 @@ from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
 from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
 from Gpt.seeds import rng
-from Gpt.training import TrainerConfig, learning_rate_factor, train
+from Gpt.training import TrainerConfig, _optimizer, learning_rate_factor, train
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
@@ -313,6 +313,30 @@ def test_validation_leaves_no_trace_in_the_weights(tmp_path):
         stored.append({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
     assert "norm.running_var" in {name.rpartition(":")[2] for name in stored[0]}
     assert_same(*stored)
+
+
+def test_training_and_validation_have_the_same_terms(tmp_path):
+    """Losses gain terms on the way, and batches say how far that is."""
+    seen = {True: [], False: []}
+
+    class Watching(Toy):
+        def loss(self, batch, rng):
+            seen[self.training].append(batch.progress)
+            return super().loss(batch, rng)
+
+    run(tmp_path, replace(CONFIG, validation_batches=1), Watching())
+    steps, every = CONFIG.steps, CONFIG.validate_every
+    assert seen[True][:: CONFIG.slices] == [step / steps for step in range(steps)]
+    assert seen[False] == [step / steps for step in range(every, steps + 1, every)]
+
+
+def test_weight_decay_reaches_muons_matrices_too():
+    generator = Toy()
+    generator.hidden_matrices = lambda: [generator.layers[0].weight]
+    config = replace(CONFIG, weight_decay=0.1, muon_learning_rate=0.02)
+    groups = _optimizer(generator, config, torch.device("cpu")).param_groups
+    assert {group["weight_decay"] for group in groups if any(p.dim() > 1 for p in group["params"])} == {0.1}
+    assert any(group.get("muon") for group in groups)
 
 
 def test_the_average_is_the_one_written_down(tmp_path):

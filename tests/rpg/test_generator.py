@@ -28,6 +28,11 @@ def build(seed: int = 0, **settings) -> Rpg:
         return Rpg(STRUCTURE, conditions, FlowMatching("x0"), RpgConfig(**settings))
 
 
+def build_unprompted() -> Rpg:
+    config = RpgConfig(width=WIDTH, depth=1, heads=2, token_size=8, policy="within_layer", backbone="gru")
+    return Rpg(STRUCTURE, Conditions({}, WIDTH), FlowMatching("x0"), config)
+
+
 def untrained(**settings) -> Rpg:
     """Nothing is zero any more, as after training."""
     model, rng = build(**settings), torch.Generator().manual_seed(1)
@@ -107,6 +112,18 @@ def test_sampling_in_passes_is_sampling_at_once(policy, backbone):
     prompt = {"class_mask": torch.rand(7, 2, generator=torch.Generator().manual_seed(0))}
     parts, at_once = (m.sample(prompt, steps=3, guidance=2.0, seed=4) for m in (model, whole))
     torch.testing.assert_close(parts, at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_prototypes_that_all_networks_share_are_computed_once():
+    plain, told, seen = build_unprompted(), build(), []
+    for model in (plain, told):
+        model.prototypes.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        batch = two_clusters(5, torch.Generator())
+        batch.prompt = {"class_mask": batch.prompt["class_mask"]} if model is told else {}
+        model.fit(batch)
+        model.loss(batch, torch.Generator())
+        model.sample(batch.prompt, count=5)
+    assert seen == [1, 1, 5, 5]
 
 
 def test_the_seed_names_the_networks():

@@ -96,6 +96,15 @@ def test_without_a_start_targets_come_from_the_end_of_each_run(zoo, task):
     assert set(decoded(every.target)[1].tolist()) == set(range(SNAPSHOTS))
 
 
+def test_different_networks_are_all_networks_where_there_are_no_more(zoo, task):
+    draw = sampler(zoo, task, with_start=False, last_snapshots=2)
+    everything, some = draw.distinct(10_000, rng("cpu", 3)), draw.distinct(5, rng("cpu", 3))
+    assert len(everything.target) == 2 * len(draw.rows) == len(everything.target.unique(dim=0))
+    assert set(decoded(everything.target)[1].tolist()) == {SNAPSHOTS - 2, SNAPSHOTS - 1}
+    assert len(some.target) == 5 == len(some.target.unique(dim=0))
+    torch.testing.assert_close(some.prompt["target_metric"][:, 1], some.target[:, 0] / 1000)
+
+
 def test_hidden_units_are_renamed_alike_in_start_and_target(task):
     weights = torch.randn(1, 2, task.structure.size, generator=rng("cpu", 4))
     zoo = Zoo.from_tensors(weights, {"validation_loss": torch.zeros(1, 2)}, [0], [0, 1], task.structure)

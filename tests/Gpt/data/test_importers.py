@@ -252,6 +252,26 @@ def test_checkpoints_of_another_architecture_are_named(task, tmp_path):
         import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
 
 
+def test_integers_that_would_be_lost_are_refused_and_counters_are_not(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.register_buffer("pruned", torch.zeros(4, dtype=torch.bool))
+
+        def forward(self, x):
+            return self.fc(self.norm(x).masked_fill(self.pruned, 0))
+
+    own, net = make_task(constructor=Masked), Masked()
+    net.norm.num_batches_tracked += 5
+    save(tmp_path / "in" / "a.pt", net.state_dict())
+    own.structure.check_fixed(net.state_dict())
+    net.pruned[1] = True
+    save(tmp_path / "in" / "b.pt", net.state_dict())
+    with pytest.raises(StructureError, match=r"b\.pt: 'pruned' .*differs from the constructor's"):
+        import_zoo(tmp_path / "in", tmp_path / "zoo", own, progress=False)
+
+
 def test_ambiguous_and_empty_folders_are_named(task, tmp_path):
     with pytest.raises(ZooError, match="no folder"):
         import_zoo(tmp_path / "nowhere", tmp_path / "zoo", task)

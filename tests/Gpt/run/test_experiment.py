@@ -165,6 +165,29 @@ def test_the_lowest_score_is_the_best_one_of_losses_and_of_returns(monkeypatch, 
     assert run.score(run.generator) == {"generated_loss": 0.5, "generated_alignment": 0.9, "score": score}
 
 
+def test_the_centre_is_the_mean_of_all_training_networks():
+    small = ("zoo.store=false", "zoo.runs=40", "zoo.test_runs=4", "zoo.validation_runs=4", "zoo.snapshots=3")
+    run = experiment("beside=[]", *small, "zoo.recipe={epochs: 1}", "generator.policy=within_layer", name="digits_rpg")
+    rows = run.zoo.split("train")
+    last = run.zoo.read(rows, torch.full_like(rows, 2))
+    run.config = replace(run.config, batches=replace(run.config.batches, last_snapshots=1))
+    run.fit()
+    torch.testing.assert_close(run.generator.latents.center, last.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_products_have_the_precision_of_the_run_that_is_trained():
+    """Another run beside it is looked at first, and its zoo is collected at full precision."""
+    small = (*TINY, "zoo.store=false", "zoo.runs=40", "zoo.snapshots=3", "zoo.recipe={epochs: 1}")
+    run = experiment(*small, "trainer.precision=tf32")
+    run.beside(compose("digits_deep_loss", list(TINY)), "digits_deep_loss")
+    try:
+        assert run.zoo.runs and torch.get_float32_matmul_precision() == "highest"
+        run.fit()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_scales_are_read_off_training_runs_alone():
     run = experiment(*TINY, "zoo.store=false", "zoo.runs=40", "zoo.snapshots=3", "zoo.recipe={epochs: 1}")
     for split in ("validation", "test"):
