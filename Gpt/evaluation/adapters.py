@@ -181,9 +181,9 @@ class AdapterJudge(Judge):
         tasks, label = self.tasks, self.config.label
         shuffled = {s: self.write(tasks.prompts(s)[baselines.other_tasks(tasks.members(s))]) for s in tasks.splits}
         note = "prompts of a task of the same split that differs in rule and format, where there is one"
-        lines = [self.line(f"{label}, shuffled prompts", "baseline", shuffled, note=note)]
+        lines = [self.line(f"{label}, shuffled prompts", "control", shuffled, note=note)]
         for name, adapter in zip(nonsense, self.write(embedded), strict=True):
-            lines.append(self.line(f"{label}, {name}", "baseline", self.everywhere(adapter)))
+            lines.append(self.line(f"{label}, {name}", "control", self.everywhere(adapter)))
         return lines
 
     # --- what it has to beat ------------------------------------------------------------------------------------------
@@ -194,12 +194,15 @@ class AdapterJudge(Judge):
         instructed = partial(tasks.answers, instructed=True)
         trained = {split: self.trained(split) for split in tasks.splits}
         updates: int | None = tasks.recipe.iterations
-        note = f"{tasks.recipe.iterations * tasks.recipe.examples} labelled examples of this very task"
+        labelled = min(tasks.recipe.iterations * tasks.recipe.examples, tasks.family.train_examples)
+        note = f"{labelled} labelled examples of this very task"
         if self.task.checkpoints:
             updates, note = None, "imported"
+        lines = [self.line(name, "baseline", base)]
+        if tasks.rules:  # otherwise the examples are all that is known
+            lines.append(self.line(f"{name}, instruction in the prompt", "baseline", base, instructed))
         return [
-            self.line(name, "baseline", base),
-            self.line(f"{name}, instruction in the prompt", "baseline", base, instructed),
+            *lines,
             self.line(f"{name}, {SHOTS} examples in the prompt", "baseline", base, tasks.shown_answers),
             self.line("trained adapter", "reference", trained, updates=updates, note=note),
         ]
@@ -238,12 +241,15 @@ class AdapterJudge(Judge):
         mix = {s: baselines.softmax_mix(similar[s], library, temperature) for s in tasks.splits}
         arithmetic = {s: baselines.task_arithmetic(names[s], names["train"], library) for s in tasks.splits}
         chosen = f"softmax at temperature {temperature:g}, chosen on validation tasks"
-        return [
+        lines = [
             self.line("mean adapter", "baseline", self.everywhere(library.mean(0)), note="of all training tasks"),
             self.line("retrieval: most similar task", "baseline", nearest),
             self.line("mix by similarity", "baseline", mix, note=chosen),
-            self.line("task arithmetic", "baseline", arithmetic, note="is told rule and format, not the prompts"),
         ]
+        if tasks.rules:
+            note = "is told rule and format, not the prompts"
+            lines.append(self.line("task arithmetic", "baseline", arithmetic, note=note))
+        return lines
 
     def temperature(self) -> float:
         """The temperature of the mix with the least loss on validation tasks, when the library lacks them."""
@@ -262,7 +268,8 @@ class AdapterJudge(Judge):
     def multitask(self) -> list[Line]:
         """One adapter for all training tasks, from bare inputs; another, trained and tested with instructions."""
         tasks, lines = self.tasks, []
-        for name, instructed in {"one adapter for all tasks": False, "the same, with instructions": True}.items():
+        ways = {"one adapter for all tasks": False} | ({"the same, with instructions": True} if tasks.rules else {})
+        for name, instructed in ways.items():
             adapter = baselines.multitask_adapter(
                 tasks.base, tasks.recipe.spec, self.fresh, tasks.answers("train", instructed),
                 steps=self.config.optimiser_steps, batch=MULTITASK_BATCH, learning_rate=tasks.recipe.learning_rate,

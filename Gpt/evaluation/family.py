@@ -244,7 +244,7 @@ class MaskJudge(Judge):
             self.line(f"{label}, unseen masks", "generator", networks, self.masks, of_mask, note=note, **details),
             self.line(f"{label}, seen masks", "generator", for_familiar, familiar, of_familiar, note=note, **details),
             self.line(
-                f"{label}, shuffled masks", "baseline", networks, self.masks, (of_mask + 1) % len(self.masks),
+                f"{label}, shuffled masks", "control", networks, self.masks, (of_mask + 1) % len(self.masks),
                 note="the networks for unseen masks, each measured on another one",
             ),
         ]  # fmt: skip

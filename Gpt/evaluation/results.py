@@ -19,7 +19,8 @@ class Row:
     """One line of the table: a way to obtain a network, and what the network scores.
 
     Attributes:
-        kind: "generator", "optimiser", "baseline" or "reference" (ordinary training to the end).
+        kind: "generator", "optimiser", "baseline", "reference" (ordinary training to the end) or "control" (the
+            generator told something else, or nothing).
         metrics: e.g. {"test_loss": Interval, "test_error": Interval}.
         updates: network updates (gradient steps, or generator calls) behind one network; None where it means nothing.
         seconds, flops: cost of one network on this machine, the zoo and the generator's training not included.
@@ -100,6 +101,7 @@ class Costs:
     """Wall-clock (s) and FLOPs of everything behind one generated network, and when it pays off.
 
     Attributes:
+        zoo_seconds, train_seconds: 0 where that is not known, for networks that were imported.
         break_even: number of networks from which zoo + generator + sampling is cheaper in wall-clock than training each
             network; None when it never is.
     """

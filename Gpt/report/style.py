@@ -12,7 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-COLOURS = {"generator": "#0b62c4", "optimiser": "#d1600a", "baseline": "#6b7280", "reference": "#0f8a5f"}
+COLOURS = {
+    "generator": "#0b62c4",
+    "optimiser": "#d1600a",
+    "baseline": "#6b7280",
+    "reference": "#0f8a5f",
+    "control": "#8f6bb3",
+}
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e4e7eb"
 MARKERS = "osD^vPX*<>hp"
 DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))

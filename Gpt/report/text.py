@@ -61,8 +61,14 @@ def format_flops(flops: float | None) -> str:
 def metric_columns(results: Results) -> list[str]:
     """Every metric that some row of the table carries, the one the evaluation is about first, leads in it next."""
     carried = dict.fromkeys(name for row in results.table for name in row.metrics)
-    first = [results.metric, *(name for name in carried if name == "lead")]
+    first = [results.metric, *(name for name in lead_names(results) if name in carried)]
     return list(dict.fromkeys([*first, *carried]))
+
+
+def lead_names(results: Results) -> tuple[str, str]:
+    """What the generator's lead in the main metric is called: of one set of items, or of the first of several splits,
+    such as `s2_lead` beside `s2_exact`."""
+    return "lead", f"{results.metric.partition('_')[0]}_lead"
 
 
 def find_row(results: Results, kind: str, name: str = "") -> Row | None:
@@ -108,10 +114,10 @@ def summarise(results: Results) -> str:
     if generator is None:
         return f"This evaluation of {results.task} holds no generated network, so it says nothing about a generator."
     scored = generator.metrics[results.metric]
-    sentences = [
-        f"On {results.task}, “{generator.name}” reaches a {metric_label(results.metric)} of {_with_interval(scored)}, "
-        f"the mean and its 95 % bootstrap interval (n = {scored.count})."
-    ]
+    reached = f"On {results.task}, “{generator.name}” reaches a {metric_label(results.metric)} of"
+    if scored.count == 1:
+        return f"{reached} {format_number(scored.mean)}, measured once: too little to compare with anything."
+    sentences = [f"{reached} {_with_interval(scored)}, the mean and its 95 % bootstrap interval (n = {scored.count})."]
     retrieval = find_row(results, "baseline", "retrieval")
     rival, training = best_row(results, "baseline"), find_row(results, "reference")
     sentences.append(
@@ -192,7 +198,8 @@ def _with_interval(interval: Interval) -> str:
 def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
     """Better or worse only where the lead, or else two intervals that do not touch, says so; a mean that is not finite
     beats nothing."""
-    other, lead = row.metrics[results.metric], row.metrics.get("lead")
+    other = row.metrics[results.metric]
+    lead = next((row.metrics[name] for name in lead_names(results) if name in row.metrics), None)
     below, above = scored.high < other.low, scored.low > other.high
     better, worse = (lead.low > 0, lead.high < 0) if lead else (below, above) if results.minimize else (above, below)
     diverged = math.isfinite(other.mean) and not math.isfinite(scored.mean)
@@ -246,6 +253,8 @@ def _diversity_sentence(generated: Novelty) -> str:
 def _cost_sentences(results: Results) -> list[str]:
     if results.costs is None:
         return []
+    if not results.costs.train_seconds:
+        return ["What training a network takes is not known here, and so is when generation pays off."]
     if results.costs.break_even is None:
         verdict = "it never pays off in wall-clock on this machine"
     else:

@@ -12,6 +12,7 @@ from Gpt.report.text import (
     format_interval,
     format_number,
     format_seconds,
+    metric_columns,
     metric_label,
     print_table,
     summarise,
@@ -93,6 +94,26 @@ def test_a_lead_tells_more_than_two_intervals(lead, verdict, minimize):
     assert ("by 0.20 (0.10 … 0.30) points one by one" in summary) == (lead.low * lead.high > 0)
 
 
+def test_the_lead_of_the_first_of_several_splits_decides():
+    found = results_of(Interval(0.4, 0.2, 0.55, 8), Interval(0.5, 0.45, 0.55, 8), False)
+    rows = [dataclasses.replace(row, metrics={"s2_exact": row.metrics["test_loss"]}) for row in found.table]
+    rows[1].metrics["s2_lead"] = Interval(0.2, 0.1, 0.3, 8)
+    several = dataclasses.replace(found, table=rows, metric="s2_exact")
+    assert rows[1].kind == "baseline" and "beats returning a stored network" in summarise(several)
+    assert metric_columns(several) == ["s2_exact", "s2_lead"]
+
+
+def test_nothing_is_compared_with_a_single_measurement():
+    once = results_of(Interval(0.1, 0.1, 0.1, 1), Interval(0.5, 0.45, 0.55, 8), True)
+    assert "measured once" in summarise(once) and "beats" not in summarise(once)
+
+
+def test_controls_are_no_rivals():
+    found = results_of(Interval(0.4, 0.3, 0.45, 8), Interval(0.5, 0.49, 0.55, 8), True)
+    control = Row("shuffled prompts", "control", {"test_loss": Interval(0.1, 0.1, 0.1, 8)})
+    assert "shuffled" not in summarise(dataclasses.replace(found, table=[*found.table, control]))
+
+
 def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_results):
     only_generator = dataclasses.replace(synthetic_results, table=synthetic_results.table[:1], costs=None)
     assert "Retrieval was not measured" in summarise(only_generator)
@@ -101,6 +122,8 @@ def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_
     never = dataclasses.replace(synthetic_results.costs, break_even=None)
     assert "never pays off" in summarise(dataclasses.replace(synthetic_results, costs=never))
     assert "from 740 networks on" in summarise(synthetic_results)
+    unknown = dataclasses.replace(never, zoo_seconds=0.0, train_seconds=0.0)
+    assert "is not known here" in summarise(dataclasses.replace(synthetic_results, costs=unknown))
 
 
 @pytest.mark.parametrize("minimize", [True, False])
