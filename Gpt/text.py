@@ -291,6 +291,9 @@ def train_text_head(
     return head.eval()
 
 
+UNSURE = 0.2  # from one half: probabilities nearer to it decide nothing
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a sentence was understood to mean.
@@ -311,6 +314,11 @@ class Reading:
     def names(self) -> list[str]:
         """The classes it means, by name."""
         return [name for name, inside in zip(self.classes, self.mask.tolist(), strict=True) if inside]
+
+    @property
+    def unsure(self) -> list[str]:
+        """The classes, by name, that might as well be read the other way."""
+        return [n for n, p in zip(self.classes, self.probabilities.tolist(), strict=True) if abs(p - 0.5) < UNSURE]
 
     def require(self) -> Bool[Tensor, " classes"]:
         """The mask of a sentence that fits.

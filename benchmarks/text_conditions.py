@@ -4,7 +4,8 @@
     python -m benchmarks.text_conditions --run runs/cifar10_mask_rpg --device cuda --data DATA
 
 The demo sentences (`data/rpg_demo_prompts.tsv`, published with RPG's demo) are a reference test: nothing is trained or
-selected on them, so run `--demo` only to report. With `--run`, the generator of that run, which main.py has trained,
+selected on them, so run `--demo` only to report. Some say what the vocabulary says too ("mammals", "things that can
+fly"), in which nothing is new to the reader: the table tells them from the others. With `--run`, the generator of that run, which main.py has trained,
 writes networks for what each sentence was read as; they are tested on what it was published to mean. Needs the extra
 `[text]`.
 """
@@ -25,7 +26,8 @@ from Gpt.evaluation.writing import Request, Writer
 from Gpt.run.experiment import Experiment
 from Gpt.run.folder import stored_config
 from Gpt.text import SentenceEncoder, SentenceReader, reading_accuracy, train_reader, train_text_head
-from Gpt.vocabulary import CLASSES, load_vocabulary, split_sentences
+from Gpt.vocabulary import CLASSES, WORDINGS, compose, load_vocabulary, split_sentences
+from Gpt.vocabulary.grammar import clauses, parse
 
 DEMO = Path(__file__).parent / "data" / "rpg_demo_prompts.tsv"
 NETWORKS = 10  # for each sentence
@@ -53,19 +55,33 @@ def demo_sentences() -> tuple[list[str], Bool[Tensor, "sentences 10"]]:
     return [line["description"] for line in lines], torch.tensor(masks)
 
 
+def in_vocabulary(sentences: Sequence[str], name: str = "cifar10") -> Bool[Tensor, " sentences"]:
+    """Whether every clause of a sentence is, word for word, one that the reader is trained on."""
+    words = load_vocabulary(name)
+    trained = compose(words.names, words.attributes, WORDINGS, seed=0)
+    known = {clause.lower() for sentence in trained for clause in clauses(parse(sentence.text))}
+    return torch.tensor([all(clause.lower() in known for clause in clauses(parse(text))) for text in sentences])
+
+
 def demo_table(
     sentences: Sequence[str],
     wanted: Bool[Tensor, "sentences 10"],
     read: Bool[Tensor, "sentences 10"],
+    known: Bool[Tensor, " sentences"],
     columns: dict[str, Float[Tensor, " sentences"]],
 ) -> list[str]:
-    """Markdown: right class decisions of every sentence and what was measured of its networks; means last."""
+    """Markdown: right class decisions of every sentence and what was measured of its networks; sums and means last, of
+    the sentences in `known` words, of the others, and of all."""
     right = (read == wanted).sum(1)
     rows = [["sentence", "right decisions", *columns], ["---"] * (2 + len(columns))]
     for i, sentence in enumerate(sentences):
         rows.append([sentence, f"{right[i]} of 10", *(f"{values[i]:.1f}" for values in columns.values())])
-    total = f"{right.sum()} of {wanted.numel()} ({100 * right.sum() / wanted.numel():.1f} %)"
-    rows.append([f"all {len(sentences)}", total, *(f"{values.mean():.2f}" for values in columns.values())])
+    for name, part in {"in the vocabulary's words": known, "in others": ~known, "all": known | ~known}.items():
+        if part.any():
+            count = 10 * int(part.sum())
+            total = f"{right[part].sum()} of {count} ({100 * right[part].sum() / count:.1f} %)"
+            means = (f"{values[part].mean():.2f}" for values in columns.values())
+            rows.append([f"{name}: {part.sum()}", total, *means])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -118,7 +134,7 @@ def main() -> None:
             experiment = trained_run(arguments.run, arguments.device, arguments.data)
             columns["accuracy of networks for what was read, %"] = network_accuracy(experiment, read, wanted)
             columns["for what was meant, %"] = network_accuracy(experiment, wanted, wanted)
-        print("\n" + "\n".join(demo_table(sentences, wanted, read, columns)))
+        print("\n" + "\n".join(demo_table(sentences, wanted, read, in_vocabulary(sentences), columns)))
 
 
 if __name__ == "__main__":

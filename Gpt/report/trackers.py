@@ -14,7 +14,7 @@ from typing import Any
 
 from Gpt.errors import ConfigError
 from Gpt.evaluation.results import PromptCurve, Results, Row, Trace
-from Gpt.report.text import comparison_rows, print_table
+from Gpt.report.text import comparison_rows, print_table, side_by_side_rows
 
 MODES = {
     "wandb": ("offline", "online"),
@@ -252,7 +252,8 @@ TRACKERS: dict[str, type[WandbLogger] | type[SwanLabLogger] | type[TensorBoardLo
 
 
 def line_charts(results: Results) -> dict[str, dict[str, Any]]:
-    """`{name: arguments of wandb.plot.line_series}`: prompt curves, one update against optimisers, recursion."""
+    """`{name: arguments of wandb.plot.line_series}`: prompt curves, one update against optimisers, recursion, and
+    generation beside ordinary training."""
     charts = {f"prompt_curve/{curve.name}": _prompt_chart(curve, results.metric) for curve in results.curves}
     levels = comparison_rows(results)
     if results.optimisers:
@@ -262,6 +263,9 @@ def line_charts(results: Results) -> dict[str, dict[str, Any]]:
         references = [row for row in levels if row.kind == "reference"]
         title = f"{results.metric}: recursive updates"
         charts["recursive"] = _trace_chart(results.recursive, references, results.metric, "updates", title)
+    if results.training_curves:
+        title, rows = f"{results.metric}: side by side", side_by_side_rows(results)
+        charts["side_by_side"] = _trace_chart(results.training_curves, rows, results.metric, "updates", title)
     return charts
 
 

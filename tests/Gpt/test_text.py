@@ -249,3 +249,9 @@ def test_the_real_encoder_needs_no_network(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     assert text.SentenceEncoder()(["frogs"]).isfinite().all()
+
+
+def test_what_might_be_read_either_way_is_said():
+    probabilities = torch.tensor([0.95, 0.62, 0.41, 0.1])
+    reading = text.Reading("some", ("a", "b", "c", "d"), probabilities > 0.5, probabilities, True)
+    assert reading.unsure == ["b", "c"] and reading.names == ["a", "b"]

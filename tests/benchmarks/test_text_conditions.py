@@ -58,9 +58,17 @@ def test_the_table_counts_decisions_and_averages_over_sentences():
     wanted = torch.zeros(2, 10, dtype=torch.bool)
     read = wanted.clone()
     read[1, :3] = True
-    rows = text_conditions.demo_table(["a", "b"], wanted, read, {"accuracy": torch.tensor([90.0, 80.0])})
+    known = torch.tensor([True, False])
+    rows = text_conditions.demo_table(["a", "b"], wanted, read, known, {"accuracy": torch.tensor([90.0, 80.0])})
     assert rows[2] == "| a | 10 of 10 | 90.0 |" and rows[3] == "| b | 7 of 10 | 80.0 |"
-    assert rows[-1] == "| all 2 | 17 of 20 (85.0 %) | 85.00 |"
+    assert rows[-3] == "| in the vocabulary's words: 1 | 10 of 10 (100.0 %) | 90.00 |"
+    assert rows[-2] == "| in others: 1 | 7 of 10 (70.0 %) | 80.00 |"
+    assert rows[-1] == "| all: 2 | 17 of 20 (85.0 %) | 85.00 |"
+
+
+def test_published_sentences_in_the_vocabularys_own_words_are_told_from_the_others():
+    found = text_conditions.in_vocabulary(["Classify all mammals", "Find all things with jet engines"])
+    assert found.tolist() == [True, False]
 
 
 def test_a_folder_without_a_run_names_the_command_that_trains_one(tmp_path):

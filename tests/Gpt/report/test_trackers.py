@@ -108,7 +108,10 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
 
 def test_line_charts_hold_the_identity_and_every_network(synthetic_results):
     charts = line_charts(synthetic_results)
-    assert set(charts) == {*(f"prompt_curve/{c.name}" for c in synthetic_results.curves), "optimisers", "recursive"}
+    curves = {f"prompt_curve/{c.name}" for c in synthetic_results.curves}
+    assert set(charts) == curves | {"optimisers", "recursive", "side_by_side"}
+    beside = charts["side_by_side"]
+    assert {"ordinary training", "G.pt, one update", "RPG, written from noise (other)"} <= set(beside["keys"])
     for chart in charts.values():
         assert len(chart["xs"]) == len(chart["ys"]) == len(chart["keys"])
         assert all(len(x) == len(y) for x, y in zip(chart["xs"], chart["ys"], strict=True))
