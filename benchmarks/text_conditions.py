@@ -5,9 +5,9 @@
 
 The demo sentences (`data/rpg_demo_prompts.tsv`, published with RPG's demo) are a reference test: nothing is trained or
 selected on them, so run `--demo` only to report. Some say what the vocabulary says too ("mammals", "things that can
-fly"), in which nothing is new to the reader: the table tells them from the others. With `--run`, the generator of that run, which main.py has trained,
-writes networks for what each sentence was read as; they are tested on what it was published to mean. Needs the extra
-`[text]`.
+fly"), in which nothing is new to the reader: the table tells them from the others. With `--run`, the generator of that
+run, which main.py has trained, writes networks for what each sentence was read as; they are tested on what it was
+published to mean. Needs the extra `[text]`.
 """
 
 import argparse
