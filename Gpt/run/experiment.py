@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,19 +56,26 @@ class Experiment:
 
     @cached_property
     def device(self) -> torch.device:
+        """Raises:
+        ConfigError: there is no such device, or none that a run can use.
+        """
         wanted = self.config.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch("cpu|cuda(:(0|[1-9][0-9]*))?", wanted):
+            raise ConfigError(f"device={wanted} is none; use auto, cpu, cuda or cuda:N")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
         if wanted == "cuda" and world() > 1:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        _, _, index = wanted.partition(":")
+        if index and int(index) >= (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"device={wanted}, but torch finds {count} CUDA devices, counted from cuda:0; use a lower N"
+            )
         precision = "high" if self.config.trainer.precision == "tf32" else "highest"
         torch.set_float32_matmul_precision(precision)  # torch keeps one setting for the whole process
-        try:
-            return torch.device(wanted)
-        except RuntimeError as error:
-            raise ConfigError(f"device={wanted} is none; use auto, cpu, cuda or cuda:N") from error
+        return torch.device(wanted)
 
     @cached_property
     def folder(self) -> Path:

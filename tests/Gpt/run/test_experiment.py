@@ -104,9 +104,22 @@ def test_no_zoo_is_collected_for_what_cannot_be_trained(tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
-def test_a_device_that_does_not_exist_is_named():
-    with pytest.raises(ConfigError, match="device=gpu"):
-        _ = experiment("device=gpu").device
+@pytest.mark.parametrize("name", ["gpu", "mps", "meta", "cpu:1", "cuda:", "cuda:-1", "cuda:01"])
+def test_a_device_that_does_not_exist_or_cannot_be_used_is_named(name):
+    with pytest.raises(ConfigError, match=f"device={name} is none; use auto, cpu, cuda or cuda:N"):
+        _ = experiment(f"device='{name}'").device
+
+
+def test_cuda_devices_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert experiment("device=cuda:1").device == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="device=cuda:2, but torch finds 2 CUDA devices"):
+        _ = experiment("device=cuda:2").device
+    monkeypatch.setattr("Gpt.run.experiment.world", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ConfigError, match="device=cuda:3, but torch finds 2 CUDA devices"):
+        _ = experiment("device=cuda").device
 
 
 def test_a_missing_gpu_is_named():
