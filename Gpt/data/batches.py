@@ -126,10 +126,17 @@ def _masks_of_rows(zoo: Zoo, task: Task, conditions: tuple[str, ...]) -> Float[T
     """The mask that each run was trained on; None where there are none, and none are asked for."""
     if isinstance(task.family, MaskSplit):
         return task.family.mask_of_runs(zoo.run_ids).float()
+    check_conditions(task, conditions)
+    return None
+
+
+def check_conditions(task: Task, conditions: tuple[str, ...]) -> None:
+    """Raises:
+    ConfigError: the task is a single one, and a condition is about members of a family.
+    """
     for condition in ("class_mask", "text"):
-        if condition in conditions:
+        if condition in conditions and not task.family:
             raise ConfigError(
                 f"condition {condition}: task {task.name!r} has no masks; choose a task with the key 'family', such as "
                 "digits_mask, or another condition"
             )
-    return None

@@ -92,10 +92,12 @@ class Judge(ABC):
     Attributes:
         name: what is judged.
         settings: those of `EvaluationConfig` that are read, beside `EVERY_JUDGE`.
+        splits: held-out splits of the zoo that an evaluation is not possible without.
     """
 
     name: ClassVar[str]
     settings: ClassVar[frozenset[str]]
+    splits: ClassVar[frozenset[str]] = frozenset({"test", "validation"})
 
     def __init__(
         self,
@@ -117,9 +119,10 @@ class Judge(ABC):
         """Whether this is the judge of such a generator."""
 
     @classmethod
-    def check(cls, config: EvaluationConfig, task: Task) -> None:
+    def check(cls, config: EvaluationConfig, task: Task, conditions: Sequence[str]) -> None:
         """Raises:
-        ConfigError: a setting is changed that this judge does not read, or that does not fit the task.
+        ConfigError: a setting is changed that this judge does not read, or that does not fit the task; or the
+            conditions lack what it prompts with.
         """
         for setting in fields(config):
             value = getattr(config, setting.name)

@@ -284,7 +284,7 @@ def _networks_at_hand(run: Rehearsal) -> str:
 
 
 def _generator(run: Rehearsal) -> str:
-    run.judging.check(run.config.evaluation, run.task)
+    run.check_judging()
     count = sum(p.numel() for p in run.generator.parameters())
     return f"{run.config.generator['name']}: {count:,} parameters, {_size(4 * count)}"
 

@@ -21,7 +21,7 @@ from Gpt.checkpoint import CheckpointFolder
 from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler
-from Gpt.data.batches import BatchSampler
+from Gpt.data.batches import BatchSampler, check_conditions
 from Gpt.data.importers import import_zoo
 from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo, scales
@@ -88,6 +88,7 @@ class Experiment:
         sources.configure(data.root, data.download, data.examples)
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task, self.device)
+        check_conditions(task, self.config.condition.names)
         if task.family:
             masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
             members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
@@ -276,7 +277,21 @@ class Experiment:
         check_installed(self.config.logger)
         if not self.config.test_only:
             self.config.trainer.check_shared(world())
-        self.judging.check(self.config.evaluation, self.task)  # builds the generator, which checks itself
+        self.check_judging()  # builds the generator, which checks itself
+
+    def check_judging(self) -> None:
+        """Raises:
+        ConfigError: the generator cannot be judged, or watched in training, with these settings.
+        """
+        judging, config, task = self.judging, self.config, self.task
+        judging.check(config.evaluation, task, config.condition.names)
+        read = judging.splits if config.test_only else judging.splits | {"validation"}
+        for split, runs in zip(("test", "validation"), self.held_out, strict=True):
+            if split in read and runs < 1:
+                where = f"the family of task {task.name!r}" if task.family else f"zoo.{split}_runs={runs}"
+                raise ConfigError(
+                    f"{where} leaves nothing for the {split} split, which this run reads; hold out one at least"
+                )
 
     def check_published(self) -> None:
         """Raises:
