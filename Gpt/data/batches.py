@@ -46,6 +46,7 @@ class BatchSampler:
 
     Raises:
         ConfigError: the zoo does not go with the conditions, the starts or the number of identities.
+        ZooError: it lacks the metric that prompts are about.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class BatchSampler:
         self.zoo, self.task, self.config = zoo, task, config
         self.rows = zoo.split(split)
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
-        self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
+        self.metric = zoo.column(f"validation_{task.metric}") if "target_metric" in conditions else None
         self.masks = _masks_of_rows(zoo, task, conditions)
         self.sentences = None
         if "text" in conditions and self.masks is not None:

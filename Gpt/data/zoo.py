@@ -165,6 +165,19 @@ class Zoo:
         for name, values in metrics.items():
             self.metrics[name][rows] = values.to(self.metrics[name])
 
+    def column(self, name: str) -> Float[Tensor, "runs snapshots"]:
+        """One of `metrics`.
+
+        Raises:
+            ZooError: the zoo does not have it.
+        """
+        if name not in self.metrics:
+            raise ZooError(
+                f"the zoo in {self.folder or 'memory'} has no column {name!r}, only {', '.join(sorted(self.metrics))}; "
+                "choose a task that it was collected for, or another zoo.path"
+            )
+        return self.metrics[name]
+
     def split(self, name: str) -> Int[Tensor, " n"]:
         """Rows of the "train", "validation" or "test" split.
 

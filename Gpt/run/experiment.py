@@ -305,7 +305,12 @@ class Experiment:
         resolve_checkpoint(self.config.resume_path)
 
     def fit(self) -> None:
-        """Let the generator read its scales off training examples."""
+        """Let the generator read its scales off training examples.
+
+        Raises:
+            ZooError: the zoo, another task's perhaps, lacks the metric that every judge selects by.
+        """
+        self.zoo.column(f"validation_{self.task.metric}")
         networks = self.zoo.runs * self.zoo.snapshots  # a small zoo has no more to tell, however often it is drawn
         count = min(FIT_EXAMPLES, 4 * networks, max(8, FIT_WEIGHTS // self.task.structure.size))
         self.generator.fit(self.sampler("train")(count, rng(self.device, self.config.seed, "fit")))
