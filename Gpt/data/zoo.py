@@ -34,6 +34,8 @@ class Zoo:
         metrics: `{column: [runs, snapshots]}` float32, e.g. "validation_loss".
         manifest: how the networks were made; None for a zoo that was never stored.
         dropped: `{run id: why it was left out}`.
+        snapshots_of_training: how many of its networks are of one training: `snapshots`, unless these were made runs
+            of their own (`Gpt.data.views.split_by_snapshot`).
         seconds: wall-clock that training the runs took, the workers' added up; 0 where it is not known (imported ones).
         former: `[n, D]` final networks of training runs that gave way to others (`replace`), in main memory; none
             unless whoever replaced them says which.
@@ -53,6 +55,7 @@ class Zoo:
         dropped: Mapping[int, str] | None = None,
         folder: Path | None = None,
         seconds: float = 0.0,
+        snapshots_of_training: int | None = None,
     ):
         self._weights = weights
         self.structure = structure
@@ -64,6 +67,7 @@ class Zoo:
         self.dropped = dict(dropped or {})
         self.folder = folder
         self.seconds = seconds
+        self.snapshots_of_training = snapshots_of_training or len(self.iterations)
         self.former: Tensor = torch.empty(0, structure.size)
         self._bounds = (test_runs, test_runs + validation_runs)
 
