@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from Gpt.data.batches import BatchConfig
 from Gpt.distillation import DistillationConfig
@@ -54,8 +54,8 @@ class ZooConfig:
 
     path: str | None = None
     runs: int = 2304
-    test_runs: int = 128
-    validation_runs: int = 128
+    test_runs: NonNegativeInt = 128
+    validation_runs: NonNegativeInt = 128
     snapshots: int = 32
     spacing: str = "log"
     split: Literal["run", "snapshot"] = "run"

@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +32,8 @@ from Gpt.seeds import rng
 from Gpt.sharding import Whole, copy_whole, local, sharded, synchronise_gradients, whole
 
 Sampler = Callable[[int, torch.Generator], Batch]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,20 @@ class TrainerConfig:
     steps: PositiveInt = 1000
     batch_size: PositiveInt = 256
     slices: PositiveInt = 1
-    learning_rate: float = 4e-3
-    muon_learning_rate: float | None = None
+    learning_rate: Rate = 4e-3
+    muon_learning_rate: Rate | None = None
     schedule: Literal["linear", "cosine"] = "linear"
-    warmup: int = 50
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float | None = 1.0
-    ema_decay: float = 0.99
+    warmup: NonNegativeInt = 50
+    weight_decay: Rate = 0.0
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    max_grad_norm: NonNegativeFloat | None = 1.0
+    ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False
     sharded: bool = False
-    validate_every: int = 250
-    checkpoint_every: int = 250
-    log_every: int = 10
+    validate_every: NonNegativeInt = 250
+    checkpoint_every: NonNegativeInt = 250
+    log_every: NonNegativeInt = 10
     validation_batches: PositiveInt = 4
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ class BatchSampler:
 
     Raises:
         ConfigError: the zoo does not go with the conditions, the starts or the number of identities.
+        ZooError: it lacks the metric that prompts are about.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class BatchSampler:
         self.zoo, self.task, self.config = zoo, task, config
         self.rows = zoo.split(split)
         self.conditions, self.with_start, self.permute = conditions, with_start, permute
-        self.metric = zoo.metrics[f"validation_{task.metric}"] if "target_metric" in conditions else None
+        self.metric = zoo.column(f"validation_{task.metric}") if "target_metric" in conditions else None
         self.masks = _masks_of_rows(zoo, task, conditions)
         self.sentences = None
         if "text" in conditions and self.masks is not None:
@@ -145,10 +146,17 @@ def _masks_of_rows(zoo: Zoo, task: Task, conditions: tuple[str, ...]) -> Float[T
     """The mask that each run was trained on; None where there are none, and none are asked for."""
     if isinstance(task.family, MaskSplit):
         return task.family.mask_of_runs(zoo.run_ids).float()
+    check_conditions(task, conditions)
+    return None
+
+
+def check_conditions(task: Task, conditions: tuple[str, ...]) -> None:
+    """Raises:
+    ConfigError: the task is a single one, and a condition is about members of a family.
+    """
     for condition in ("class_mask", "text"):
-        if condition in conditions:
+        if condition in conditions and not task.family:
             raise ConfigError(
                 f"condition {condition}: task {task.name!r} has no masks; choose a task with the key 'family', such as "
                 "digits_mask, or another condition"
             )
-    return None

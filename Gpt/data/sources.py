@@ -8,6 +8,7 @@ is the published one.
 
 import gzip
 import io
+import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -160,8 +161,8 @@ def _cifar10_arrays(places: Places) -> tuple[np.ndarray, ...]:
     looked = [root / name for root in places.roots for name in ("cifar10.npz", "cifar10_train_jpeg.npz")]
     for file in looked:
         if file.is_file() and file.name == "cifar10.npz":
-            pack = np.load(file)
-            return pack["x_train"], pack["y_train"], pack["x_test"], pack["y_test"]
+            x, y, x_test, y_test = _read_pack(file, "x_train", "y_train", "x_test", "y_test")
+            return *_checked_images(file, x, y), *_checked_images(file, x_test, y_test)
         if file.is_file():
             return *_decode_jpegs(file), *_decode_jpegs(file.with_name("cifar10_test_jpeg.npz"))
     dataset = _download("CIFAR10", places, [*looked, *(root / "cifar-10-batches-py" for root in places.roots)])
@@ -172,11 +173,31 @@ def _cifar10_arrays(places: Places) -> tuple[np.ndarray, ...]:
 def _decode_jpegs(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image
 
-    pack = np.load(path)
-    data, ends = pack["bytes"].tobytes(), np.cumsum(pack["lengths"])
-    starts = ends - pack["lengths"]
-    images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in zip(starts, ends, strict=True)]
-    return np.stack(images), pack["labels"]
+    packed, lengths, labels = _read_pack(path, "bytes", "lengths", "labels")
+    data, ends = packed.tobytes(), np.cumsum(lengths)
+    try:
+        images = [np.asarray(Image.open(io.BytesIO(data[a:b]))) for a, b in zip(ends - lengths, ends, strict=True)]
+        return _checked_images(path, np.stack(images), labels)
+    except (OSError, SyntaxError, ValueError) as error:  # what PIL and np.stack raise
+        raise DataError(f"{path} holds damaged images ({error}); fetch it again") from error
+
+
+def _read_pack(path: Path, *names: str) -> tuple[np.ndarray, ...]:
+    """Arrays of an .npz file, by name."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though the rest of the data set is there; fetch it too")
+    try:
+        with np.load(path) as pack:
+            return tuple(pack[name] for name in names)
+    except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        held = ", ".join(names)
+        raise DataError(f"{path} is truncated or no .npz file of {held} ({error}); fetch it again") from error
+
+
+def _checked_images(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if images.shape != (len(labels), 32, 32, 3):
+        raise DataError(f"{path} has images {list(images.shape)} for {len(labels)} labels; fetch it again")
+    return images, labels
 
 
 def _download(torchvision_name: str, places: Places, looked: list[Path]):

@@ -41,7 +41,7 @@ def split_by_snapshot(zoo: Zoo, test: int, validation: int) -> Zoo:
     metrics = {name: values.reshape(-1, 1) for name, values in zoo.metrics.items()}
     return Zoo(
         _Snapshots(zoo), zoo.structure, run_ids, zoo.iterations[-1:], metrics, zoo.device, test, validation,
-        zoo.manifest, zoo.dropped, zoo.folder, zoo.seconds,
+        zoo.manifest, zoo.dropped, zoo.folder, zoo.seconds, zoo.snapshots_of_training,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def align_runs(zoo: Zoo, test: int, validation: int) -> Zoo:
     permutations = {group: torch.cat([part[group] for part in parts]) for group in zoo.structure.groups}
     return Zoo(
         _Renamed(zoo, permutations), zoo.structure, zoo.run_ids, zoo.iterations, zoo.metrics, zoo.device, test,
-        validation, zoo.manifest, zoo.dropped, zoo.folder, zoo.seconds,
+        validation, zoo.manifest, zoo.dropped, zoo.folder, zoo.seconds, zoo.snapshots_of_training,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class Zoo:
         metrics: `{column: [runs, snapshots]}` float32, e.g. "validation_loss".
         manifest: how the networks were made; None for a zoo that was never stored.
         dropped: `{run id: why it was left out}`.
+        snapshots_of_training: how many of its networks are of one training: `snapshots`, unless these were made runs
+            of their own (`Gpt.data.views.split_by_snapshot`).
         seconds: wall-clock that training the runs took, the workers' added up; 0 where it is not known (imported ones).
         former: `[n, D]` final networks of training runs that gave way to others (`replace`), in main memory; none
             unless whoever replaced them says which.
@@ -53,6 +55,7 @@ class Zoo:
         dropped: Mapping[int, str] | None = None,
         folder: Path | None = None,
         seconds: float = 0.0,
+        snapshots_of_training: int | None = None,
     ):
         self._weights = weights
         self.structure = structure
@@ -64,6 +67,7 @@ class Zoo:
         self.dropped = dict(dropped or {})
         self.folder = folder
         self.seconds = seconds
+        self.snapshots_of_training = snapshots_of_training or len(self.iterations)
         self.former: Tensor = torch.empty(0, structure.size)
         self._bounds = (test_runs, test_runs + validation_runs)
 
@@ -164,6 +168,19 @@ class Zoo:
         self.run_ids[rows] = run_ids.to(self.device)
         for name, values in metrics.items():
             self.metrics[name][rows] = values.to(self.metrics[name])
+
+    def column(self, name: str) -> Float[Tensor, "runs snapshots"]:
+        """One of `metrics`.
+
+        Raises:
+            ZooError: the zoo does not have it.
+        """
+        if name not in self.metrics:
+            raise ZooError(
+                f"the zoo in {self.folder or 'memory'} has no column {name!r}, only {', '.join(sorted(self.metrics))}; "
+                "choose a task that it was collected for, or another zoo.path"
+            )
+        return self.metrics[name]
 
     def split(self, name: str) -> Int[Tensor, " n"]:
         """Rows of the "train", "validation" or "test" split.

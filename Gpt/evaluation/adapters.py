@@ -50,6 +50,7 @@ class AdapterJudge(Judge):
 
     name = "adapters"
     settings = frozenset({"optimiser_steps"})
+    splits = frozenset({"validation"})
 
     @classmethod
     def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:

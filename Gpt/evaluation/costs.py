@@ -86,8 +86,7 @@ def training_step_flops(task: Task) -> float:
 
 def trainings(zoo: Zoo) -> int:
     """How many networks were trained for a zoo: fewer than its runs where these are snapshots of longer ones."""
-    stored = len(zoo.manifest.iterations) if zoo.manifest else zoo.snapshots
-    return zoo.runs * zoo.snapshots // stored
+    return zoo.runs * zoo.snapshots // zoo.snapshots_of_training
 
 
 def break_even(fixed_seconds: float, sample_seconds: float, train_seconds: float) -> float | None:

@@ -7,9 +7,10 @@ for the report.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
@@ -21,6 +22,8 @@ from Gpt.generator import Generator
 from Gpt.tasks import Task
 
 Progress = Callable[[str], None]
+TwoOrMore = Annotated[int, Field(ge=2)]
+NoiseScale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 EVERY_JUDGE = frozenset({"label", "steps", "guidance", "max_batch", "seed", "beside"})
 
@@ -47,33 +50,35 @@ class EvaluationConfig:
         soup: networks averaged into one soup.
         noise_scales: standard deviations of the noise baseline, in units of each tensor's own.
         novelty_networks: networks of each set whose novelty is measured.
-        novelty_runs: training runs that they are compared with, the best ones if there are more.
-        novelty_behaviours: training networks whose mistakes they are compared with.
+        novelty_runs: training runs that they are compared with, the best ones if there are more; two at least, since
+            the distance between two is the unit.
+        novelty_behaviours: training networks whose mistakes they are compared with; two at least, a final and a best
+            snapshot.
         novelty_candidates: training networks that each is matched with, unit by unit.
         recalibrate: measure whole networks also with batch-norm statistics re-estimated on training images.
     """
 
     label: str = "G.pt"
-    steps: int | None = None
-    guidance: float = 1.0
-    max_batch: int = 2048
+    steps: PositiveInt | None = None
+    guidance: FiniteFloat = 1.0
+    max_batch: PositiveInt = 2048
     seed: int = 0
     beside: tuple[str, ...] = ()
-    networks: int = 64
-    quick_networks: int = 16
-    prompts: int = 20
-    samples_per_prompt: int = 1
-    prompt_start_coeff: float = 0.9
-    recursive_steps: int = 5
-    optimiser_steps: int = 200
-    learning_rates: int = 21
-    tuning_networks: int = 8
-    soup: int = 16
-    noise_scales: tuple[float, ...] = (0.05, 0.1, 0.2)
-    novelty_networks: int = 64
-    novelty_runs: int = 10_000
-    novelty_behaviours: int = 1024
-    novelty_candidates: int = 8
+    networks: PositiveInt = 64
+    quick_networks: PositiveInt = 16
+    prompts: PositiveInt = 20
+    samples_per_prompt: PositiveInt = 1
+    prompt_start_coeff: FiniteFloat = 0.9
+    recursive_steps: NonNegativeInt = 5
+    optimiser_steps: NonNegativeInt = 200
+    learning_rates: PositiveInt = 21
+    tuning_networks: PositiveInt = 8
+    soup: PositiveInt = 16
+    noise_scales: tuple[NoiseScale, ...] = (0.05, 0.1, 0.2)
+    novelty_networks: PositiveInt = 64
+    novelty_runs: TwoOrMore = 10_000
+    novelty_behaviours: TwoOrMore = 1024
+    novelty_candidates: PositiveInt = 8
     recalibrate: bool = False
 
 
@@ -87,10 +92,12 @@ class Judge(ABC):
     Attributes:
         name: what is judged.
         settings: those of `EvaluationConfig` that are read, beside `EVERY_JUDGE`.
+        splits: held-out splits of the zoo that an evaluation is not possible without.
     """
 
     name: ClassVar[str]
     settings: ClassVar[frozenset[str]]
+    splits: ClassVar[frozenset[str]] = frozenset({"test", "validation"})
 
     def __init__(
         self,
@@ -112,9 +119,10 @@ class Judge(ABC):
         """Whether this is the judge of such a generator."""
 
     @classmethod
-    def check(cls, config: EvaluationConfig, task: Task) -> None:
+    def check(cls, config: EvaluationConfig, task: Task, conditions: Sequence[str]) -> None:
         """Raises:
-        ConfigError: a setting is changed that this judge does not read, or that does not fit the task.
+        ConfigError: a setting is changed that this judge does not read, or that does not fit the task; or the
+            conditions lack what it prompts with.
         """
         for setting in fields(config):
             value = getattr(config, setting.name)

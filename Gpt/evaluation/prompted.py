@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.data.alignment import align
+from Gpt.errors import ConfigError
 from Gpt.evaluation import baselines, costs, optimisers, prompting
 from Gpt.evaluation.beside import training_curves
 from Gpt.evaluation.costs import Price, Spent
-from Gpt.evaluation.judge import Judge, Progress
+from Gpt.evaluation.judge import EvaluationConfig, Judge, Progress
 from Gpt.evaluation.novelty import Bank, Measured, former_runs_note, novelty
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
@@ -50,6 +51,15 @@ class PromptJudge(Judge):
     @classmethod
     def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
         return task.family is None and bool(generator.needs_start or conditions)
+
+    @classmethod
+    def check(cls, config: EvaluationConfig, task: Task, conditions: Sequence[str]) -> None:
+        super().check(config, task, conditions)
+        if "target_metric" not in conditions:
+            raise ConfigError(
+                f"condition.names=[{', '.join(conditions)}]: this generator is judged by the {task.metric} that it is "
+                "asked for, so it has to be told; add condition=target_metric"
+            )
 
     def evaluate(self, spent: Spent = Spent(), progress: Progress = lambda phrase: None) -> Results:
         progress("choosing the prompt")

@@ -7,7 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from Gpt.data.zoo import Zoo
-from Gpt.errors import ZooError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.results import PromptCurve
 from Gpt.evaluation.statistics import bootstrap_interval, prompt_alignment
@@ -53,11 +52,7 @@ def validation_metric(zoo: Zoo, task: Task) -> Float[Tensor, "runs snapshots"]:
     Raises:
         ZooError: the zoo does not have it.
     """
-    column = f"validation_{task.metric}"
-    if column not in zoo.metrics:
-        have = ", ".join(sorted(zoo.metrics))
-        raise ZooError(f"the zoo has no column {column!r}, only {have}; collect it for task {task.name!r}")
-    return zoo.metrics[column].float().cpu()
+    return zoo.column(f"validation_{task.metric}").float().cpu()
 
 
 def initial_networks(zoo: Zoo, task: Task, split: str, count: int, device: torch.device | str) -> Starts:

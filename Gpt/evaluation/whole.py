@@ -68,14 +68,15 @@ class WholeJudge(Judge):
             "novelty_behaviours", "novelty_candidates", "recalibrate",
         }
     )  # fmt: skip
+    splits = frozenset()
 
     @classmethod
     def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
         return task.family is None and not generator.needs_start and not conditions
 
     @classmethod
-    def check(cls, config: EvaluationConfig, task: Task) -> None:
-        super().check(config, task)
+    def check(cls, config: EvaluationConfig, task: Task, conditions: Sequence[str]) -> None:
+        super().check(config, task, conditions)
         if config.recalibrate:
             check_recalibration(task)
 

@@ -276,15 +276,16 @@ def _imported(run: Rehearsal) -> str:
 
 
 def _networks_at_hand(run: Rehearsal) -> str:
-    zoo, column = run.zoo, f"validation_{run.task.metric}"
+    zoo, name = run.zoo, f"validation_{run.task.metric}"
+    reached = f"{name} {zoo.column(name)[:, -1].mean():.4g}"
     if run.is_complete:
-        return f"{zoo.runs:,} stored runs, {column} {zoo.metrics[column][:, -1].mean():.4g} at their end"
+        return f"{zoo.runs:,} stored runs, {reached} at their end"
     verb = "trained for a moment" if run.iterations else "made afresh"
-    return f"{RUNS} runs x {zoo.snapshots} snapshots {verb}, {column} {zoo.metrics[column][:, -1].mean():.4g}"
+    return f"{RUNS} runs x {zoo.snapshots} snapshots {verb}, {reached}"
 
 
 def _generator(run: Rehearsal) -> str:
-    run.judging.check(run.config.evaluation, run.task)
+    run.check_judging()
     count = sum(p.numel() for p in run.generator.parameters())
     return f"{run.config.generator['name']}: {count:,} parameters, {_size(4 * count)}"
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from Gpt.checkpoint import CheckpointFolder
 from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler
-from Gpt.data.batches import BatchSampler
+from Gpt.data.batches import BatchSampler, check_conditions
 from Gpt.data.importers import import_zoo
 from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.data.zoo import Zoo, scales
@@ -55,17 +56,24 @@ class Experiment:
 
     @cached_property
     def device(self) -> torch.device:
+        """Raises:
+        ConfigError: there is no such device, or none that a run can use.
+        """
         wanted = self.config.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch("cpu|cuda(:(0|[1-9][0-9]*))?", wanted):
+            raise ConfigError(f"device={wanted} is none; use auto, cpu, cuda or cuda:N")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device={wanted}, but torch finds no CUDA device; use device=cpu or device=auto")
         if wanted == "cuda" and world() > 1:
             wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            return torch.device(wanted)
-        except RuntimeError as error:
-            raise ConfigError(f"device={wanted} is none; use auto, cpu, cuda or cuda:N") from error
+        _, _, index = wanted.partition(":")
+        if index and int(index) >= (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"device={wanted}, but torch finds {count} CUDA devices, counted from cuda:0; use a lower N"
+            )
+        return torch.device(wanted)
 
     @cached_property
     def folder(self) -> Path:
@@ -78,6 +86,7 @@ class Experiment:
         sources.configure(data.root, data.download, data.examples)
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task, self.device)
+        check_conditions(task, self.config.condition.names)
         if task.family:
             masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
             members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
@@ -267,7 +276,21 @@ class Experiment:
         check_installed(self.config.logger)
         if not self.config.test_only:
             self.config.trainer.check_shared(world())
-        self.judging.check(self.config.evaluation, self.task)  # builds the generator, which checks itself
+        self.check_judging()  # builds the generator, which checks itself
+
+    def check_judging(self) -> None:
+        """Raises:
+        ConfigError: the generator cannot be judged, or watched in training, with these settings.
+        """
+        judging, config, task = self.judging, self.config, self.task
+        judging.check(config.evaluation, task, config.condition.names)
+        read = judging.splits if config.test_only else judging.splits | {"validation"}
+        for split, runs in zip(("test", "validation"), self.held_out, strict=True):
+            if split in read and runs < 1:
+                where = f"the family of task {task.name!r}" if task.family else f"zoo.{split}_runs={runs}"
+                raise ConfigError(
+                    f"{where} leaves nothing for the {split} split, which this run reads; hold out one at least"
+                )
 
     def check_published(self) -> None:
         """Raises:
@@ -281,8 +304,13 @@ class Experiment:
         resolve_checkpoint(self.config.resume_path)
 
     def fit(self) -> None:
-        """Let the generator read its scales off training examples: different networks, as far as there are enough."""
+        """Let the generator read its scales off training examples: different networks, as far as there are enough.
+
+        Raises:
+            ZooError: the zoo, another task's perhaps, lacks the metric that every judge selects by.
+        """
         self._set_precision()
+        self.zoo.column(f"validation_{self.task.metric}")
         sampler, draws = self.sampler("train"), rng(self.device, self.config.seed, "fit")
         count = min(FIT_EXAMPLES, max(8, FIT_WEIGHTS // self.task.structure.size))
         if isinstance(sampler, BatchSampler) and not sampler.with_start:

@@ -10,7 +10,7 @@ from Gpt.adapters.conditions import HashedWords
 from Gpt.data.batches import BatchConfig, BatchSampler
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, ZooError
 from Gpt.masks import MaskSplit
 from Gpt.networks import MLP
 from Gpt.scoring import classification_loss
@@ -83,6 +83,11 @@ def test_prompts_are_the_validation_metrics_of_start_and_target(zoo, task):
     expected = torch.stack([batch.start[:, 0], batch.target[:, 0]], 1) / 1000
     torch.testing.assert_close(batch.prompt["target_metric"], expected)
     assert sampler(zoo, task, conditions=())(5, rng("cpu", 2)).prompt == {}
+
+
+def test_a_zoo_without_the_metric_that_is_asked_for_is_named(zoo, task):
+    with pytest.raises(ZooError, match="zoo in memory has no column 'validation_error', only test_loss, .*zoo.path"):
+        sampler(zoo, replace(task, metric="error"))
 
 
 def test_without_a_start_targets_come_from_the_end_of_each_run(zoo, task):

@@ -123,7 +123,8 @@ def test_cifar10_from_arrays(files):
     assert np.corrcoef(splits.test[0][:, 1].flatten().numpy(), x_test[..., 1].flatten())[0, 1] == pytest.approx(1)
 
 
-def test_cifar10_from_jpegs(files):
+def write_jpegs(files: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Both packs; the images and labels of the test part."""
     files.mkdir()
     for part, count in (("train", 5010), ("test", 20)):
         images, labels = cifar10(count, 2)
@@ -138,6 +139,11 @@ def test_cifar10_from_jpegs(files):
             lengths=[len(p) for p in packed],
             labels=labels,
         )
+    return images, labels
+
+
+def test_cifar10_from_jpegs(files):
+    images, labels = write_jpegs(files)
     splits = sources.load("cifar10")
     check(splits, (3, 32, 32), 10, 5000, 20)
     assert splits.test[1].tolist() == labels.tolist()
@@ -160,6 +166,31 @@ def test_what_is_missing_is_told_with_every_place(files, monkeypatch, name, plac
         assert words in str(caught.value)
     looked = str(caught.value).partition("Looked in: ")[2].partition(", and under")[0].split(", ")
     assert len(set(looked)) == len(looked)
+
+
+@pytest.mark.parametrize("name", ["cifar10.npz", "cifar10_train_jpeg.npz", "cifar10_test_jpeg.npz"])
+@pytest.mark.parametrize("damage", ["half", "empty", "other", "array", "lacking", "images"])
+def test_a_damaged_pack_is_named(files, name, damage):
+    write_jpegs(files)
+    file, array, lacking, images = files / name, io.BytesIO(), io.BytesIO(), io.BytesIO()
+    whole = (files / "cifar10_test_jpeg.npz").read_bytes()
+    np.save(array, np.zeros(3))
+    np.savez(lacking, labels=np.zeros(3))
+    flat = {"x_train": np.zeros((3, 32)), "y_train": np.zeros(3), "x_test": np.zeros((3, 32)), "y_test": np.zeros(3)}
+    np.savez(images, bytes=np.arange(20, dtype=np.uint8), lengths=[10, 10], labels=[0, 1], **flat)
+    made = {"array": array.getvalue(), "lacking": lacking.getvalue(), "images": images.getvalue()}
+    made |= {"half": whole[: len(whole) // 2], "empty": b"", "other": b"P5 28 28 255\n"}
+    file.write_bytes(made[damage])
+    with pytest.raises(DataError) as caught:
+        sources.load("cifar10")
+    assert str(file) in str(caught.value) and "fetch it again" in str(caught.value)
+
+
+def test_a_pack_without_its_other_part_is_incomplete(files):
+    write_jpegs(files)
+    (files / "cifar10_test_jpeg.npz").unlink()
+    with pytest.raises(DataError, match="cifar10_test_jpeg.npz is missing.*fetch it too"):
+        sources.load("cifar10")
 
 
 def test_the_configured_folder_comes_before_the_usual_one(files, tmp_path):

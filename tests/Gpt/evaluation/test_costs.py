@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from Gpt.data.views import align_runs, split_by_snapshot
 from Gpt.evaluation import costs
 from Gpt.evaluation.costs import Price, Spent
 from Gpt.recipes import PpoRecipe, SingleRecipe
@@ -43,6 +44,13 @@ def test_a_generator_costs_three_forward_passes_an_example(task, zoo):
     assert found.train_seconds == 24 / 120 and found.break_even is None
     timed = costs.costs(task, zoo, price, Spent(training_seconds=36.0), step_seconds=0.1)
     assert timed.train_seconds == pytest.approx(18.0) and timed.break_even == pytest.approx(36 / 16)
+
+
+def test_snapshots_of_a_training_cost_one_training_however_they_are_split(zoo):
+    split = split_by_snapshot(zoo, 5, 5)
+    assert (split.runs, split.snapshots) == (720, 1)
+    for seen in (zoo, split, align_runs(zoo, 20, 20), align_runs(split, 5, 5)):
+        assert costs.trainings(seen) == 120
 
 
 @pytest.mark.parametrize(

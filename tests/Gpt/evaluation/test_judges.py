@@ -46,14 +46,22 @@ def test_every_setting_is_read_by_a_judge():
 def test_a_setting_that_does_nothing_is_refused(judge, task):
     normalised = replace(task, constructor=lambda: nn.BatchNorm1d(3), symmetry=None)
     others = {"optimiser_steps": 9, "samples_per_prompt": 3, "soup": 7, "recalibrate": True, "prompts": 3}
-    judge.check(EvaluationConfig(label="other", max_batch=7, guidance=2.0, seed=3, beside=("runs/a",)), task)
+    config = EvaluationConfig(label="other", max_batch=7, guidance=2.0, seed=3, beside=("runs/a",))
+    judge.check(config, task, ("target_metric",))
     for name, value in others.items():
         config = EvaluationConfig(**{name: value})
         if name in judge.settings:
-            judge.check(config, normalised)
+            judge.check(config, normalised, ("target_metric",))
         else:
             with pytest.raises(ConfigError, match=f"evaluation.{name}={value} does nothing .*{judge.name}.*label"):
-                judge.check(config, normalised)
+                judge.check(config, normalised, ("target_metric",))
+
+
+@pytest.mark.parametrize("conditions", [(), ("text",)])
+def test_a_generator_that_is_not_told_the_metric_is_not_judged_by_it(conditions, task):
+    PromptJudge.check(EvaluationConfig(), task, ("target_metric", *conditions))
+    with pytest.raises(ConfigError, match="judged by the loss that it is asked for.*add condition=target_metric"):
+        PromptJudge.check(EvaluationConfig(), task, conditions)
 
 
 def test_there_must_be_something_to_recalibrate_before_anything_is_trained(task):
@@ -61,8 +69,8 @@ def test_there_must_be_something_to_recalibrate_before_anything_is_trained(task)
         EvaluationConfig(recalibrate=True),
         replace(task, constructor=lambda: nn.BatchNorm1d(3), symmetry=None),
     )
-    WholeJudge.check(config, normalised)
+    WholeJudge.check(config, normalised, ())
     with pytest.raises(ConfigError, match="no batch-norm statistics"):
-        WholeJudge.check(config, task)
+        WholeJudge.check(config, task, ())
     with pytest.raises(ConfigError, match="no training data"):
-        WholeJudge.check(config, replace(normalised, train_data_fn=None))
+        WholeJudge.check(config, replace(normalised, train_data_fn=None), ())

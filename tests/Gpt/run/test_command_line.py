@@ -45,6 +45,20 @@ def test_misspellings_are_answered_with_the_nearest_word(argument, words):
         ("trainer.steps=0", ["trainer.steps", "greater than 0"]),
         ("trainer.schedule=lineer", ["trainer.schedule", "'linear'", "'cosine'"]),
         ("trainer.precision=float16", ["trainer.precision", "'bfloat16'"]),
+        ("trainer.learning_rate=-1", ["trainer.learning_rate=-1", "greater than or equal to 0"]),
+        ("trainer.learning_rate=nan", ["trainer.learning_rate=nan"]),
+        ("trainer.muon_learning_rate=inf", ["trainer.muon_learning_rate=inf", "finite"]),
+        ("trainer.betas=[2, 2]", ["trainer.betas.0=2", "less than 1"]),
+        ("trainer.weight_decay=-0.1", ["trainer.weight_decay=-0.1", "greater than or equal to 0"]),
+        ("trainer.ema_decay=1.5", ["trainer.ema_decay=1.5", "less than or equal to 1"]),
+        ("trainer.warmup=-1", ["trainer.warmup=-1", "greater than or equal to 0"]),
+        ("evaluation.soup=0", ["evaluation.soup=0", "greater than 0"]),
+        ("evaluation.max_batch=0", ["evaluation.max_batch=0", "greater than 0"]),
+        ("evaluation.steps=0", ["evaluation.steps=0", "greater than 0"]),
+        ("evaluation.guidance=nan", ["evaluation.guidance=nan", "finite"]),
+        ("evaluation.recursive_steps=-1", ["evaluation.recursive_steps=-1", "greater than or equal to 0"]),
+        ("evaluation.noise_scales=[0.1, -1]", ["evaluation.noise_scales.1=-1", "greater than or equal to 0"]),
+        ("evaluation.novelty_behaviours=1", ["evaluation.novelty_behaviours=1", "greater than or equal to 2"]),
         ("logger.mode=sometimes", ["logger.mode", "offline"]),
         ("task_modules=my_tasks.py", ["task_modules", "my_tasks.py"]),
         ("zoo.runs=", ["zoo.runs", "integer"]),
@@ -57,6 +71,18 @@ def test_wrong_values_are_named(argument, words):
     with pytest.raises(ConfigError) as caught:
         compose("digits_loss", [argument])
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "evaluation.steps=null", "evaluation.recursive_steps=0", "evaluation.optimiser_steps=0",
+        "evaluation.noise_scales=[]", "trainer.max_grad_norm=null", "trainer.muon_learning_rate=null",
+        "trainer.warmup=0", "trainer.ema_decay=0", "trainer.validate_every=0", "trainer.betas=[0, 0.999]",
+    ],
+)  # fmt: skip
+def test_nothing_is_a_value_where_it_means_something(argument):
+    compose("digits_loss", [argument])
 
 
 def test_options_may_follow_settings():

@@ -16,7 +16,7 @@ from Gpt.adapters.peft_io import save_adapter
 from Gpt.adapters.spec import AdapterSpec, adapter_structure
 from Gpt.adapters.user import PromptSet, write_prompts
 from Gpt.catalogue.adapters import adapter_entry
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, ZooError
 from Gpt.recipes import AdapterRecipe
 from Gpt.run import dry_run
 from Gpt.run.command_line import compose
@@ -149,6 +149,16 @@ def test_a_stored_zoo_is_opened_instead(stored, untrained):
     assert not troubles(checks)
     assert checks["zoo's networks"].size.startswith("48 stored runs")
     assert everything(stored) == before
+
+
+@pytest.mark.parametrize("condition", ["target_metric", "none"])
+def test_a_stored_zoo_without_the_tasks_metric_is_named(stored, condition):
+    run = experiment(*SMALL, "generator=rpg", f"condition={condition}")
+    run.task = dataclasses.replace(run.task, metric="return")
+    told = troubles(found(*SMALL, task=run.task))["zoo's networks"]
+    assert "zoos/digits has no column 'validation_return', only test_error, " in told
+    with pytest.raises(ZooError, match="'validation_return'"):
+        run.fit()
 
 
 def test_what_a_zoo_lacks_is_counted_and_not_trained(stored):

@@ -95,18 +95,47 @@ def test_no_adapter_is_trained_without_the_model_that_reads_prompts(monkeypatch)
         _ = experiment(name="lora_tiny").task
 
 
-@pytest.mark.parametrize("argument", ["generator.sampler=ddpm", "logger=swanlab"])
-def test_no_zoo_is_collected_for_what_cannot_be_trained(tmp_path, monkeypatch, argument):
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("generator.sampler=ddpm", "sampler"),
+        ("logger=swanlab", "swanlab"),
+        ("condition=none", "add condition=target_metric"),
+        ("condition=class_mask", "condition class_mask: task 'digits_loss' has no masks"),
+        ("zoo.test_runs=0", "zoo.test_runs=0 leaves nothing for the test split"),
+        ("zoo.validation_runs=0", "zoo.validation_runs=0 leaves nothing for the validation split"),
+    ],
+)
+def test_no_zoo_is_collected_for_what_cannot_be_trained(tmp_path, monkeypatch, argument, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError):
-        main.run(experiment(*TINY, argument))
+    for settings in ([], ["dry_run=true"]):
+        with pytest.raises(ConfigError, match="the dry run says about" if settings else words):
+            main.run(experiment(*TINY, argument, *settings))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_device_that_does_not_exist_is_named():
-    with pytest.raises(ConfigError, match="device=gpu"):
-        _ = experiment("device=gpu").device
+@pytest.mark.parametrize("settings", [["zoo.test_runs=0"], ["zoo.validation_runs=0", "test_only=true"]])
+def test_unprompted_generators_are_judged_without_held_out_networks(settings):
+    experiment("device=cpu", "logger=disabled", *settings, name="digits_rpg").check_judging()
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "meta", "cpu:1", "cuda:", "cuda:-1", "cuda:01"])
+def test_a_device_that_does_not_exist_or_cannot_be_used_is_named(name):
+    with pytest.raises(ConfigError, match=f"device={name} is none; use auto, cpu, cuda or cuda:N"):
+        _ = experiment(f"device='{name}'").device
+
+
+def test_cuda_devices_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert experiment("device=cuda:1").device == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="device=cuda:2, but torch finds 2 CUDA devices"):
+        _ = experiment("device=cuda:2").device
+    monkeypatch.setattr("Gpt.run.experiment.world", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ConfigError, match="device=cuda:3, but torch finds 2 CUDA devices"):
+        _ = experiment("device=cuda").device
 
 
 def test_a_missing_gpu_is_named():
