@@ -54,6 +54,27 @@ def test_two_processes_are_not_let_into_one_run(here, unmeasured, run, times):
     run("test_only=true")
 
 
+def test_a_refused_process_leaves_an_untrained_run_its_settings(here, unmeasured, run, times):
+    """The run that it met, which has no checkpoint yet, is gone on with afterwards; no zoo is collected either."""
+    shutil.rmtree(here / "runs" / "digits_loss" / "checkpoints")
+    before = times(here)
+    with FileLock(here / "runs" / "digits_loss" / ".lock"), pytest.raises(ConfigError, match="another process"):
+        run("seed=1", "zoo.seed=1")
+    assert times(here) == before
+
+
+def test_a_process_that_came_late_does_not_take_over_what_was_trained_meanwhile(here, unmeasured, run, monkeypatch):
+    """While its runs beside it are finished, nobody is kept out of its own folder."""
+
+    def meanwhile(_):
+        monkeypatch.setattr(main, "run_beside", lambda _: ())
+        run("run.name=late", "seed=1")
+
+    monkeypatch.setattr(main, "run_beside", meanwhile)
+    with pytest.raises(ConfigError, match="seed was 1, now 0"):
+        run("run.name=late")
+
+
 def test_a_finished_run_is_left_alone_and_says_so(here, capsys, run, times):
     shutil.rmtree(here / "zoos")  # not even the zoo is needed
     before = times(here)
