@@ -80,7 +80,8 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
             experiment.stream.finish(summary["step"])
         results = side_by_side(judge(experiment, summary), others)
         on_first_process(lambda: report(experiment, results, logger))
-        keep_summary(experiment, summary | {"finished": True})
+        if not config.test_only:  # which may have been of a run that was killed, or of published weights
+            keep_summary(experiment, summary | {"finished": True})
         return results
     finally:
         logger.finish()

@@ -31,7 +31,7 @@ def choose_folder(config: RunConfig, folder: Path) -> Path:
 
 
 def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """What earlier sessions left in the summary.json of a run: nothing where the run is new.
+    """What earlier sessions left in the summary.json of a run: nothing where there is no checkpoint to go on from.
 
     Raises:
         ConfigError: the folder holds a trained generator of other settings; names them.
@@ -40,16 +40,16 @@ def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
     trained = (folder / "checkpoints" / "latest.json").is_file()
     if config.test_only and not config.resume_path and not trained:
         raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
-    if not (folder / "config.json").is_file():
+    if not trained or not (folder / "config.json").is_file():
         return {}
     different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
-    if different and trained:
+    if different:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
             "Choose another run.name, or resume=never for a new folder beside it"
         )
     summary = folder / "summary.json"
-    return json.loads(summary.read_text()) if summary.is_file() and not different else {}
+    return json.loads(summary.read_text()) if summary.is_file() else {}
 
 
 def create_folder(config: RunConfig, folder: Path) -> None:

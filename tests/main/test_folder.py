@@ -15,6 +15,7 @@ from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, UserError
 from Gpt.report.logger import read_metrics
 from Gpt.run.command_line import compose, guard
+from Gpt.run.folder import stored_config
 
 
 def test_a_run_leaves_everything_behind(workplace, tiny):
@@ -146,6 +147,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_zoo_is_collected(tm
     with pytest.raises(SystemExit, match="2"):
         guard(lambda: run("run.root=file/runs"))
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_published_weights_that_were_evaluated_do_not_pass_for_a_trained_run(here, unmeasured, run):
+    (here / "published.pt").touch()
+    run("run.name=mine", "resume_path=published.pt", "test_only=true")
+    assert run("run.name=mine") is not None
+    stored = stored_config(here / "runs" / "mine")
+    assert stored is not None and stored.resume_path is None
+    assert (here / "runs" / "mine" / "checkpoints" / "latest.json").is_file()
 
 
 def test_resume_never_makes_a_folder_beside_it(here, unmeasured, run, times):

@@ -31,6 +31,7 @@ def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(main.Loggers, "log", kill_at_four)
         run("run.name=killed")
+    run("run.name=killed", "test_only=true")  # which does not finish it
     assert "finished" not in json.loads((folder / "summary.json").read_text())
     assert run("run.name=killed") is not None
     assert json.loads((folder / "summary.json").read_text())["finished"]
