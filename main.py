@@ -77,7 +77,7 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
             summary |= train_generator(experiment, logger)
             keep_summary(experiment, summary)
         if experiment.stream:
-            experiment.stream.finish(summary["step"])
+            experiment.stream.finish(summary.get("step", resumed))  # of a killed run, the checkpoint's
         results = side_by_side(judge(experiment, summary), others)
         on_first_process(lambda: report(experiment, results, logger))
         if not config.test_only:  # which may have been of a run that was killed, or of published weights

@@ -104,6 +104,11 @@ def test_no_zoo_is_collected_for_what_cannot_be_trained(tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
+def test_published_weights_leave_a_changing_zoo_as_it_began():
+    changing = ["zoo.store=false", "zoo.refresh_every=5", "resume_path=mnist_loss.pt", "test_only=true"]
+    assert experiment(*changing).stream is None
+
+
 def test_a_device_that_does_not_exist_is_named():
     with pytest.raises(ConfigError, match="device=gpu"):
         _ = experiment("device=gpu").device
