@@ -35,11 +35,11 @@ import torch
 from jaxtyping import Bool, Float
 from omegaconf import OmegaConf
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor
 
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
+from Gpt.checkpoint import save_tensors
 from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.population import test_population
@@ -192,7 +192,7 @@ def write_networks(generator: Generator, experiment: Experiment, config: Playgro
     networks = []
     for i, row in enumerate(weights.cpu()):
         file = f"network-{i:03d}.safetensors"
-        save_file(task.structure.state_dict(row), folder / file)
+        save_tensors(task.structure.state_dict(row), folder / file)
         networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
     understood = {"wanted": wish.wanted, "mask": None if wish.mask is None else bits(wish.mask), "count": count}
     options = dataclasses.asdict(config) | understood
