@@ -28,6 +28,9 @@ from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_
         ("--config=mnist_loss", ["no option --config=mnist_loss;", "--config-name NAME"]),
         ("--device", ["no option --device;", "key=value"]),
         ("zoo.runs=1,2", ["zoo.runs=1,2", "one value", "'key=[1, 2]'"]),
+        ("trainer=gpu,small", ["trainer=gpu,small", "one value"]),
+        ("--multirun", ["--multirun", "run.name=seed-$s"]),
+        ("-m", ["--multirun", "run.name=seed-$s"]),
         ("trainer=[gpu, small]", ["trainer=[gpu, small]", "known: gpu, small"]),
         ("trainer=", ["trainer=", "known: gpu, small"]),
     ],
@@ -65,13 +68,6 @@ def test_options_may_follow_settings():
         "digits_rpg",
         "++seed=1",
     ]
-
-
-def test_options_and_sweeps_are_left_to_hydra():
-    options = ["--config-name", "digits_rpg", "--multirun", "trainer=gpu,small"]
-    assert check_arguments([*options, "seed=1,2"]) == [*options, "++seed=1,2"]
-    with pytest.raises(ConfigError, match="'gpu'"):
-        check_arguments([*options, "trainer=gpus,small"])
 
 
 @pytest.mark.parametrize(
