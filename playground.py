@@ -386,7 +386,9 @@ def main() -> None:
         return
     options, others = guard(lambda: split_arguments(sys.argv[1:]))
     settings = [argument for argument in others if "=" in argument and not argument.startswith(("-", *WHERE))]
-    launch(lambda config, name: play(run_of(config, name, settings), options), others, interrupted="starts over")
+    launch(
+        lambda config, name: play(run_of(config, name, settings), options), others, interrupted=lambda _: "starts over"
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,21 @@ CONTINUES = "continues from what is stored: the finished shards of the zoo, the 
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
-def launch(job: Callable[[RunConfig, str], Any], arguments: list[str], interrupted: str = CONTINUES) -> None:
+def after_interruption(config: RunConfig) -> str:
+    """What the same command does after Ctrl-C."""
+    if config.resume == "never" and not config.test_only:
+        return (
+            "keeps the finished shards of the zoo and begins another run beside this one; to continue this one, set "
+            "run.name to the name of its folder and leave out resume=never"
+        )
+    return CONTINUES
+
+
+def launch(
+    job: Callable[[RunConfig, str], Any],
+    arguments: list[str],
+    interrupted: Callable[[RunConfig], str] = after_interruption,
+) -> None:
     """Compose the configuration that the arguments ask for and hand it, with its name, to `job`.
 
     What a user can mend ends the process with a message and status 2, Ctrl-C with what the same command does next.
@@ -43,7 +57,8 @@ def launch(job: Callable[[RunConfig, str], Any], arguments: list[str], interrupt
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=DEFAULT)
     def composed_job(composed: Mapping) -> None:
-        guard(lambda: job(typed_config(composed), str(HydraConfig.get().job.config_name)), interrupted)
+        config = guard(lambda: typed_config(composed))
+        guard(lambda: job(config, str(HydraConfig.get().job.config_name)), interrupted(config))
 
     composed_job()
 

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from Gpt.errors import ConfigError, UserError
-from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_text
+from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_text, launch
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,20 @@ def test_help_names_every_configuration_and_option():
     for file in (f for f in CONFIGS.rglob("*.yaml") if f.stem != "base"):
         assert file.stem in text
         assert file.read_text().startswith("# "), f"{file} lacks the comment that --help shows"
+
+
+def test_an_interrupted_run_is_only_said_to_continue_where_it_does(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def told(*settings: str) -> str:
+        monkeypatch.setattr("sys.argv", ["main.py"])
+        with pytest.raises(SystemExit, match="130"):
+            launch(interrupt, ["hydra.run.dir=.", "hydra.output_subdir=null", *settings])
+        return capsys.readouterr().err
+
+    assert "same command continues" in told() and "same command continues" in told("resume=never", "test_only=true")
+    assert "begins another run beside this one; to continue this one, set run.name" in told("resume=never")
 
 
 def test_users_see_messages_and_programmers_tracebacks(capsys):
