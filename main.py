@@ -23,7 +23,7 @@ from Gpt.report.text import print_table
 from Gpt.run.command_line import compose_beside, help_text, launch
 from Gpt.run.dry_run import dry_run
 from Gpt.run.experiment import Experiment, describe
-from Gpt.run.folder import create_folder, occupied, open_folder
+from Gpt.run.folder import choose_folder, create_folder, occupied, open_folder
 from Gpt.training import train
 
 
@@ -37,7 +37,8 @@ def run(experiment: Experiment) -> Results | None:
         zoo = experiment.zoo
         on_first_process(lambda: print(describe(zoo)))
         return None
-    experiment.folder, summary = on_first_process(lambda: open_folder(config, experiment.folder))
+    experiment.folder = on_first_process(lambda: choose_folder(config, experiment.folder))
+    summary = on_first_process(lambda: open_folder(config, experiment.folder))
     if summary.get("finished") and not config.test_only:
         if primary():
             print(f"This run is finished: {experiment.folder / 'report.html'}")
@@ -45,10 +46,12 @@ def run(experiment: Experiment) -> Results | None:
         return None
     experiment.check_trainable()  # this and the folder before the zoo, which can take hours
     others = run_beside(experiment)
-    if not summary:
-        on_first_process(lambda: create_folder(config, experiment.folder))
-        summary = {"zoo_seconds": experiment.zoo.seconds}
     with occupied(experiment.folder):
+        # Read again, as another process may have been at work there until now.
+        summary = on_first_process(lambda: open_folder(config, experiment.folder))
+        if not summary:
+            on_first_process(lambda: create_folder(config, experiment.folder))
+            summary = {"zoo_seconds": experiment.zoo.seconds}
         return train_and_judge(experiment, summary, others)
 
 
@@ -74,10 +77,11 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
             summary |= train_generator(experiment, logger)
             keep_summary(experiment, summary)
         if experiment.stream:
-            experiment.stream.finish(summary["step"])
+            experiment.stream.finish(summary.get("step", resumed))  # of a killed run, the checkpoint's
         results = side_by_side(judge(experiment, summary), others)
         on_first_process(lambda: report(experiment, results, logger))
-        keep_summary(experiment, summary | {"finished": True})
+        if not config.test_only:  # which may have been of a run that was killed, or of published weights
+            keep_summary(experiment, summary | {"finished": True})
         return results
     finally:
         logger.finish()

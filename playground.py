@@ -21,6 +21,7 @@ An adapter is a folder that `peft` loads. All lines of a text file of prompts de
 .jsonl every line is a task, {"task": "name", "prompts": ["…", "…"]}, with a folder of that name.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -34,12 +35,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
-from safetensors.torch import save_file
 from torch import Tensor
+from yaml import YAMLError
 
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
+from Gpt.checkpoint import save_tensors
 from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.population import test_population
@@ -61,6 +64,7 @@ from rpg.generator import IDENTITY
 from rpg.write_adapter import read_tasks, write_adapter
 
 COUNT = 8
+NETWORK = "network-{:03d}.safetensors"
 WORDS = ("prompt", "prompts", "mask", "base_name", "out")  # options whose values are taken as they are
 WHERE = ("run.", "data.root=", "data.download=", "device=", "logger")  # settings that leave a run what it is
 
@@ -190,9 +194,10 @@ def write_networks(generator: Generator, experiment: Experiment, config: Playgro
         print("unprompted")
     print(networks_table(scores))
     networks = []
+    remove_former(folder)
     for i, row in enumerate(weights.cpu()):
-        file = f"network-{i:03d}.safetensors"
-        save_file(task.structure.state_dict(row), folder / file)
+        file = NETWORK.format(i)
+        save_tensors(task.structure.state_dict(row), folder / file)
         networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
     understood = {"wanted": wish.wanted, "mask": None if wish.mask is None else bits(wish.mask), "count": count}
     options = dataclasses.asdict(config) | understood
@@ -202,6 +207,14 @@ def write_networks(generator: Generator, experiment: Experiment, config: Playgro
         facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
     (folder / "networks.json").write_text(json.dumps(facts, indent=1))
     print(f"{count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
+
+
+def remove_former(folder: Path) -> None:
+    """The networks that the folder's networks.json tells of, of which there may be more than are written now."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is not this script's
+        count = len(json.loads((folder / "networks.json").read_text())["networks"])
+        for i in range(count):
+            (folder / NETWORK.format(i)).unlink(missing_ok=True)
 
 
 def asked(experiment: Experiment, config: PlaygroundConfig) -> Wish:
@@ -364,7 +377,12 @@ def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
             raise ConfigError(f"configuration: there is no key {key!r}; {nearest(key, known)}")
         else:
             others.append(argument)
-    values: Any = OmegaConf.to_container(OmegaConf.from_dotlist(mine))
+    values: Any = {}
+    for argument in mine:
+        try:
+            values |= OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{argument!r} cannot be read; write key=value, and a number as it is") from error
     return checked(PlaygroundConfig, values | words), others
 
 
@@ -390,7 +408,9 @@ def main() -> None:
         return
     options, others = guard(lambda: split_arguments(sys.argv[1:]))
     settings = [argument for argument in others if "=" in argument and not argument.startswith(("-", *WHERE))]
-    launch(lambda config, name: play(run_of(config, name, settings), options), others, interrupted="starts over")
+    launch(
+        lambda config, name: play(run_of(config, name, settings), options), others, interrupted=lambda _: "starts over"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ checkpoints/
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -206,6 +207,21 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing; start over with resume=never") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; that library has an error of its own for a full disk, which does not name the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from Gpt.checkpoint import save_tensors
 from Gpt.errors import CheckpointError, ConfigError, DataError
 from Gpt.seeds import derive_seed, rng
 from Gpt.vocabulary import WORDINGS, Sentence, compose, load_vocabulary, masks_of
@@ -171,7 +172,7 @@ def _write_cache(file: Path, known: dict[str, Tensor], identity: str) -> None:
     keys = torch.tensor([list(bytes.fromhex(key)) for key in known], dtype=torch.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({"keys": keys, "embeddings": torch.stack(list(known.values()))}, partial, {"encoder": identity})
+    save_tensors({"keys": keys, "embeddings": torch.stack(list(known.values()))}, partial, {"encoder": identity})
     os.replace(partial, file)
 
 
@@ -217,7 +218,7 @@ class TextHead(nn.Module):
             "hidden": self.hidden,
             "members": len(self.members),
         }
-        save_file(self.state_dict(), file, {"head": json.dumps(shape), "encoder": encoder})
+        save_tensors(self.state_dict(), Path(file), {"head": json.dumps(shape), "encoder": encoder})
 
     @classmethod
     def load(cls, file: str | Path, encoder: str = "") -> "TextHead":

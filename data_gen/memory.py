@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
+from Gpt.checkpoint import save_tensors
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
 from Gpt.distributed import primary
@@ -158,7 +159,7 @@ class Stream:
         if primary():
             file = self._file(generation)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"weights": weights[:, -1].cpu().contiguous()}, file.with_suffix(".part"))
+            save_tensors({"weights": weights[:, -1].cpu().contiguous()}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         return [run_ids[i] for i in good], weights, metrics
 

@@ -153,6 +153,18 @@ def test_a_few_networks_are_the_first_of_many(here):
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_networks_of_a_larger_count_before_are_removed_and_nothing_else(here):
+    folder = play(experiment(*TINY), PlaygroundConfig(count=3, keyframes=0))
+    for name in ("network-009.safetensors", "mine.safetensors"):
+        (folder / name).touch()
+    play(experiment(*TINY), PlaygroundConfig(count=1, keyframes=0))
+    left = {"network-000.safetensors", "network-009.safetensors", "mine.safetensors", "networks.json"}
+    assert {file.name for file in folder.iterdir()} == left
+    for unknown in ("[]", "{"):
+        (folder / "networks.json").write_text(unknown)
+        play(experiment(*TINY), PlaygroundConfig(count=1, keyframes=0))
+
+
 def test_a_broken_network_is_recorded_as_valid_json(here, monkeypatch):
     columns = {"validation_loss": torch.tensor([float("inf"), float("nan"), 0.5])}
     monkeypatch.setattr(playground, "test_population", lambda task, weights, split: columns)
@@ -204,6 +216,8 @@ def test_arguments_are_told_apart():
         ("count=0", ["count=0", "greater than 0"]),
         ("count=few", ["count", "few", "integer"]),
         ("keyframes=-1", ["keyframes=-1"]),
+        ("wanted=[1", ["'wanted=[1'", "key=value"]),
+        ("count=${x", ["'count=${x'", "key=value"]),
         ("wanted=low", ["wanted", "low", "number"]),
         ("wanted=nan", ["wanted", "finite"]),
     ],

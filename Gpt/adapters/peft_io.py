@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from Gpt.adapters.base import INSTALL, BaseModel
 from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
+from Gpt.checkpoint import save_tensors
 from Gpt.errors import ConfigError, DataError, StructureError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -57,7 +58,7 @@ def save_adapter(
     tensors = {name: value.cpu() for name, value in adapter_structure(base, spec).state_dict(weights).items()}
     if not spec.train_a:
         tensors |= _frozen(base, spec)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_tensors({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     config.save_pretrained(str(folder))
     return folder
 

@@ -7,6 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from Gpt.descriptions import Descriptions, wordings
+from Gpt.errors import CheckpointError
 from Gpt.text import SentenceEncoder, SentenceReader, TextHead, train_reader, train_text_head
 from Gpt.vocabulary import compose
 
@@ -14,12 +15,18 @@ from Gpt.vocabulary import compose
 def kept_reader(vocabulary: str, folder: Path) -> SentenceReader:
     """The reader of a vocabulary, trained at its first use and kept in `folder` with the embeddings it needed.
 
+    It is trained anew where the kept one is damaged or was trained with another encoder.
+
     Raises:
         ConfigError: the optional packages for text are missing.
+        DataError: the kept embeddings are damaged or of another encoder.
     """
     encoder, file = SentenceEncoder(cache=folder / "embeddings.safetensors"), folder / f"{vocabulary}.safetensors"
     if file.is_file():
-        return SentenceReader(encoder, TextHead.load(file, encoder.identity))
+        try:
+            return SentenceReader(encoder, TextHead.load(file, encoder.identity))
+        except CheckpointError as error:
+            print(error, flush=True)
     print(f"learning to read sentences about {vocabulary}, once …", flush=True)
     reader = train_reader(encoder, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)

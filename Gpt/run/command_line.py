@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,29 @@ from rpg.registry import GENERATORS
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT = "digits_loss"
 OPTIONS = (  # hydra's
-    "--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--multirun", "-m", "--run", "-r", "--cfg",
-    "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help", "--version", "--shell-completion", "-sc",
+    "--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp", "--run", "-r", "--cfg", "-c", "--info",
+    "-i", "--resolve", "--package", "-p", "--hydra-help", "--version", "--shell-completion", "-sc",
     "--experimental-rerun",
 )  # fmt: skip
 CONTINUES = "continues from what is stored: the finished shards of the zoo, the last checkpoint"
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
-def launch(job: Callable[[RunConfig, str], Any], arguments: list[str], interrupted: str = CONTINUES) -> None:
+def after_interruption(config: RunConfig) -> str:
+    """What the same command does after Ctrl-C."""
+    if config.resume == "never" and not config.test_only:
+        return (
+            "keeps the finished shards of the zoo and begins another run beside this one; to continue this one, set "
+            "run.name to the name of its folder and leave out resume=never"
+        )
+    return CONTINUES
+
+
+def launch(
+    job: Callable[[RunConfig, str], Any],
+    arguments: list[str],
+    interrupted: Callable[[RunConfig], str] = after_interruption,
+) -> None:
     """Compose the configuration that the arguments ask for and hand it, with its name, to `job`.
 
     What a user can mend ends the process with a message and status 2, Ctrl-C with what the same command does next.
@@ -43,7 +57,8 @@ def launch(job: Callable[[RunConfig, str], Any], arguments: list[str], interrupt
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=DEFAULT)
     def composed_job(composed: Mapping) -> None:
-        guard(lambda: job(typed_config(composed), str(HydraConfig.get().job.config_name)), interrupted)
+        config = guard(lambda: typed_config(composed))
+        guard(lambda: job(config, str(HydraConfig.get().job.config_name)), interrupted(config))
 
     composed_job()
 
@@ -130,7 +145,11 @@ def check_arguments(arguments: list[str]) -> list[str]:
         ConfigError: names the key and the nearest right one.
     """
     _check_name(arguments)
-    several = bool({"--multirun", "-m"} & set(arguments))
+    if {"--multirun", "-m"} & set(arguments):
+        raise ConfigError(
+            "--multirun: one command trains one run; for several, write a loop in the shell that names each: "
+            "for s in 0 1 2; do python main.py seed=$s run.name=seed-$s; done"
+        )
     options, settings = [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-"):
@@ -143,7 +162,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
         elif before.startswith("-") and "=" not in argument:
             options.append(argument)
         else:
-            settings.append(_checked_setting(argument, several))
+            settings.append(_checked_setting(argument))
     return options + settings  # hydra takes no setting in front of an option
 
 
@@ -181,8 +200,7 @@ def _option(arguments: list[str], *names: str) -> str | None:
     return None
 
 
-def _checked_setting(argument: str, several: bool) -> str:
-    """One setting; `several` values of it, separated by commas, are wanted by --multirun alone."""
+def _checked_setting(argument: str) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
@@ -192,12 +210,11 @@ def _checked_setting(argument: str, several: bool) -> str:
             f"{argument!r} is no setting ({_first_line(error)}); write key=value, and in quotes for the shell where "
             "the value is a list or a dict: 'key=[1, 2]', 'key={a: 1}'"
         ) from error
-    if override.is_sweep_override() and not several:
+    if override.is_sweep_override():
         raise ConfigError(f"{argument}: one value is expected; a list is written 'key=[1, 2]'")
     key, removes = override.key_or_group, override.is_delete()
     if key and (CONFIGS / key).is_dir() and not (isinstance(override.value(), dict) or removes):
-        wanted = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
-        _check_options(argument, key, wanted)
+        _check_option(argument, key, override.value())
         return argument
     if key.split(".")[0] == "hydra":
         return argument
@@ -205,11 +222,10 @@ def _checked_setting(argument: str, several: bool) -> str:
     return argument if removes else f"++{argument.lstrip('+')}"
 
 
-def _check_options(argument: str, group: str, wanted: Iterable[Any]) -> None:
+def _check_option(argument: str, group: str, option: Any) -> None:
     known = [file.stem for file in (CONFIGS / group).glob("*.yaml")]
-    for option in wanted:
-        if option not in known:
-            raise ConfigError(f"{argument}: no such option; {nearest(str(option), known)}")
+    if option not in known:
+        raise ConfigError(f"{argument}: no such option; {nearest(str(option), known)}")
 
 
 def _check_key(key: str) -> None:

@@ -34,7 +34,7 @@ from Gpt.generator import Batch
 from Gpt.population.functional import stack_initial
 from Gpt.report.trackers import check_installed
 from Gpt.run.experiment import Experiment
-from Gpt.run.folder import open_folder
+from Gpt.run.folder import choose_folder, open_folder
 from Gpt.seeds import derive_seed, rng
 
 RUNS, SNAPSHOTS, ITERATIONS, NETWORKS, SAMPLING_STEPS = 2, 2, 2, 2, 2  # what is tried in place of the real thing
@@ -217,7 +217,8 @@ def _shapes(items: tuple) -> str:
 
 
 def _folder(run: Rehearsal) -> str:
-    folder, summary = open_folder(run.config, run.folder)
+    folder = choose_folder(run.config, run.folder)
+    summary = open_folder(run.config, folder)
     run.check_published()
     where = _existing(folder)
     try:

@@ -162,9 +162,9 @@ class Experiment:
 
     @cached_property
     def stream(self) -> Stream | None:
-        """What keeps the zoo fresh; None for a zoo that does not change."""
+        """What keeps the zoo fresh; None for a zoo that does not change, or where published weights drew from none."""
         settings = self.config.zoo
-        if not settings.refresh_every:
+        if not settings.refresh_every or self.config.resume_path:
             return None
 
         def fresh(run_ids: list[int]) -> Trained:

@@ -16,31 +16,40 @@ from Gpt.distributed import on_first_process
 from Gpt.errors import CheckpointError, ConfigError
 
 
-def open_folder(config: RunConfig, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the run goes, and what earlier sessions left in its summary.json: nothing where the run is new.
+def choose_folder(config: RunConfig, folder: Path) -> Path:
+    """Where the run goes: into its folder, or with `resume=never` into a new one beside it.
 
     Raises:
-        ConfigError: the folder holds a trained generator of other settings; names them.
-        CheckpointError: `test_only` without a trained generator.
+        ConfigError: `resume` is neither auto nor never.
     """
     if config.resume not in ("auto", "never"):
         raise ConfigError(f"resume={config.resume} is unknown; choose auto or never")
     if config.resume == "never" and folder.exists() and not config.test_only:
         number = next(i for i in range(2, 10_000) if not folder.with_name(f"{folder.name}-{i}").exists())
-        folder = folder.with_name(f"{folder.name}-{number}")
+        return folder.with_name(f"{folder.name}-{number}")
+    return folder
+
+
+def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What earlier sessions left in the summary.json of a run: nothing where there is no checkpoint to go on from.
+
+    Raises:
+        ConfigError: the folder holds a trained generator of other settings; names them.
+        CheckpointError: `test_only` without a trained generator.
+    """
     trained = (folder / "checkpoints" / "latest.json").is_file()
     if config.test_only and not config.resume_path and not trained:
         raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
-    if not (folder / "config.json").is_file():
-        return folder, {}
+    if not trained or not (folder / "config.json").is_file():
+        return {}
     different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
-    if different and trained:
+    if different:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
             "Choose another run.name, or resume=never for a new folder beside it"
         )
     summary = folder / "summary.json"
-    return folder, json.loads(summary.read_text()) if summary.is_file() and not different else {}
+    return json.loads(summary.read_text()) if summary.is_file() else {}
 
 
 def create_folder(config: RunConfig, folder: Path) -> None:

@@ -2,15 +2,17 @@
 
 import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from Gpt import checkpoint
-from Gpt.checkpoint import CheckpointFolder, TrainingState, write_json
+from Gpt.checkpoint import CheckpointFolder, TrainingState, save_tensors, write_json
 from Gpt.errors import CheckpointError
 from Gpt.seeds import rng
 
@@ -167,6 +169,25 @@ def test_damaged_files_are_named(tmp_path, name, damage):
     net = network(0)
     with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*resume=never"):
         checkpoints.load(net, network(0), torch.optim.AdamW(net.parameters()))
+
+
+def test_tensors_that_do_not_fit_are_an_error_of_the_system_that_names_the_file(tmp_path):
+    file, allowed = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, allowed[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError) as caught:
+            save_tensors({"a": torch.zeros(1000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
+    save_tensors({"a": torch.ones(3)}, file, {"of": "ones"})
+    assert torch.equal(load_file(file)["a"], torch.ones(3))
+
+
+def test_every_writer_of_tensors_has_its_errors_explained():
+    root = Path(checkpoint.__file__).parents[1]
+    sources = [root / "playground.py", *(f for name in ("Gpt", "rpg", "data_gen") for f in (root / name).rglob("*.py"))]
+    assert [f.name for f in sources if "save_file" in f.read_text()] == ["checkpoint.py"]
 
 
 def test_json_is_replaced_whole(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_a_damaged_head_is_refused(tmp_path, reader, damage):
     elif damage == "text":
         file.write_text("not a head")
     else:
-        text.save_file({"weight": torch.zeros(3)}, file, {"head": json.dumps({"classes": ["a"]}), "encoder": ""})
+        text.save_tensors({"weight": torch.zeros(3)}, file, {"head": json.dumps({"classes": ["a"]}), "encoder": ""})
     with pytest.raises(CheckpointError, match="readable text head"):
         text.TextHead.load(file)
 

@@ -15,6 +15,7 @@ from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, UserError
 from Gpt.report.logger import read_metrics
 from Gpt.run.command_line import compose, guard
+from Gpt.run.folder import stored_config
 
 
 def test_a_run_leaves_everything_behind(workplace, tiny):
@@ -52,6 +53,27 @@ def test_two_processes_are_not_let_into_one_run(here, unmeasured, run, times):
         assert times(folder) == before
     run("test_only=true")
     run("test_only=true")
+
+
+def test_a_refused_process_leaves_an_untrained_run_its_settings(here, unmeasured, run, times):
+    """The run that it met, which has no checkpoint yet, is gone on with afterwards; no zoo is collected either."""
+    shutil.rmtree(here / "runs" / "digits_loss" / "checkpoints")
+    before = times(here)
+    with FileLock(here / "runs" / "digits_loss" / ".lock"), pytest.raises(ConfigError, match="another process"):
+        run("seed=1", "zoo.seed=1")
+    assert times(here) == before
+
+
+def test_a_process_that_came_late_does_not_take_over_what_was_trained_meanwhile(here, unmeasured, run, monkeypatch):
+    """While its runs beside it are finished, nobody is kept out of its own folder."""
+
+    def meanwhile(_):
+        monkeypatch.setattr(main, "run_beside", lambda _: ())
+        run("run.name=late", "seed=1")
+
+    monkeypatch.setattr(main, "run_beside", meanwhile)
+    with pytest.raises(ConfigError, match="seed was 1, now 0"):
+        run("run.name=late")
 
 
 def test_a_finished_run_is_left_alone_and_says_so(here, capsys, run, times):
@@ -125,6 +147,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_zoo_is_collected(tm
     with pytest.raises(SystemExit, match="2"):
         guard(lambda: run("run.root=file/runs"))
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_published_weights_that_were_evaluated_do_not_pass_for_a_trained_run(here, unmeasured, run):
+    (here / "published.pt").touch()
+    run("run.name=mine", "resume_path=published.pt", "test_only=true")
+    assert run("run.name=mine") is not None
+    stored = stored_config(here / "runs" / "mine")
+    assert stored is not None and stored.resume_path is None
+    assert (here / "runs" / "mine" / "checkpoints" / "latest.json").is_file()
 
 
 def test_resume_never_makes_a_folder_beside_it(here, unmeasured, run, times):

@@ -31,6 +31,7 @@ def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(main.Loggers, "log", kill_at_four)
         run("run.name=killed")
+    run("run.name=killed", "test_only=true")  # which does not finish it
     assert "finished" not in json.loads((folder / "summary.json").read_text())
     assert run("run.name=killed") is not None
     assert json.loads((folder / "summary.json").read_text())["finished"]
@@ -50,11 +51,14 @@ def test_a_zoo_that_changed_is_judged_alike_in_every_session(here, unmeasured, m
     fresh = ["zoo.store=false", "zoo.population=16", "zoo.refresh_every=1", "run.name=fresh"]
     run(*fresh)
     run(*fresh, "test_only=true")
+    (here / "runs" / "fresh" / "summary.json").write_text("{}")  # as of a run that was killed after its last step
+    run(*fresh, "test_only=true")
     for zoo in judged:  # 64 training runs are four populations: at the sixth step the first has changed twice
         assert zoo.run_ids[32:].tolist() == [*range(160, 176), *range(112, 160)]
         assert len(zoo.former) == 64 + 16
-    assert torch.equal(judged[0].former, judged[1].former)
-    assert judged[0].metrics["validation_loss"].equal(judged[1].metrics["validation_loss"])
+    for zoo in judged[1:]:
+        assert torch.equal(judged[0].former, zoo.former)
+        assert judged[0].metrics["validation_loss"].equal(zoo.metrics["validation_loss"])
 
 
 def less_the_clock(found: Any) -> Any:

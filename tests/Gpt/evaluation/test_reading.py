@@ -21,7 +21,7 @@ def test_most_masks_are_understood_in_new_wordings(monkeypatch):
     assert right.float().mean() > 0.85 and right.all(-1).float().mean() > 0.3
 
 
-def test_a_reader_is_trained_once_and_kept(tmp_path, monkeypatch):
+def test_a_reader_is_trained_once_and_kept_until_the_encoder_is_another(tmp_path, monkeypatch):
     class Encoder:
         identity = "words"
 
@@ -44,3 +44,7 @@ def test_a_reader_is_trained_once_and_kept(tmp_path, monkeypatch):
     assert again.embed.cache == tmp_path / "text" / "embeddings.safetensors"
     known, kept = (reader.read("nines").probabilities for reader in (first, again))
     assert torch.equal(known, kept)
+    monkeypatch.setattr(Encoder, "identity", "other words")
+    for _ in range(2):
+        kept_reader("digits", tmp_path / "text")
+    assert trained == ["digits", "digits"]

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from Gpt.errors import ConfigError, UserError
-from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_text
+from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_text, launch
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,9 @@ from Gpt.run.command_line import CONFIGS, check_arguments, compose, guard, help_
         ("--config=mnist_loss", ["no option --config=mnist_loss;", "--config-name NAME"]),
         ("--device", ["no option --device;", "key=value"]),
         ("zoo.runs=1,2", ["zoo.runs=1,2", "one value", "'key=[1, 2]'"]),
+        ("trainer=gpu,small", ["trainer=gpu,small", "one value"]),
+        ("--multirun", ["--multirun", "run.name=seed-$s"]),
+        ("-m", ["--multirun", "run.name=seed-$s"]),
         ("trainer=[gpu, small]", ["trainer=[gpu, small]", "known: gpu, small"]),
         ("trainer=", ["trainer=", "known: gpu, small"]),
     ],
@@ -93,13 +96,6 @@ def test_options_may_follow_settings():
     ]
 
 
-def test_options_and_sweeps_are_left_to_hydra():
-    options = ["--config-name", "digits_rpg", "--multirun", "trainer=gpu,small"]
-    assert check_arguments([*options, "seed=1,2"]) == [*options, "++seed=1,2"]
-    with pytest.raises(ConfigError, match="'gpu'"):
-        check_arguments([*options, "trainer=gpus,small"])
-
-
 @pytest.mark.parametrize(
     "argument", ["evaluation.guidance=2.0", "evaluation.soup=7", "logger.project=mine", "+zoo.runs=3"]
 )
@@ -114,6 +110,20 @@ def test_help_names_every_configuration_and_option():
     for file in (f for f in CONFIGS.rglob("*.yaml") if f.stem != "base"):
         assert file.stem in text
         assert file.read_text().startswith("# "), f"{file} lacks the comment that --help shows"
+
+
+def test_an_interrupted_run_is_only_said_to_continue_where_it_does(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def told(*settings: str) -> str:
+        monkeypatch.setattr("sys.argv", ["main.py"])
+        with pytest.raises(SystemExit, match="130"):
+            launch(interrupt, ["hydra.run.dir=.", "hydra.output_subdir=null", *settings])
+        return capsys.readouterr().err
+
+    assert "same command continues" in told() and "same command continues" in told("resume=never", "test_only=true")
+    assert "begins another run beside this one; to continue this one, set run.name" in told("resume=never")
 
 
 def test_users_see_messages_and_programmers_tracebacks(capsys):

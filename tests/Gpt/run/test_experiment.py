@@ -138,6 +138,11 @@ def test_cuda_devices_are_counted(monkeypatch):
         _ = experiment("device=cuda").device
 
 
+def test_published_weights_leave_a_changing_zoo_as_it_began():
+    changing = ["zoo.store=false", "zoo.refresh_every=5", "resume_path=mnist_loss.pt", "test_only=true"]
+    assert experiment(*changing).stream is None
+
+
 def test_a_missing_gpu_is_named():
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
