@@ -224,6 +224,20 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
+def read_json(file: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}); restore it, or choose another run.name and delete {file.parent}"
+        ) from error
+
+
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file; a reader sees the old content or the new one."""
     temporary = file.with_suffix(".json.tmp")

@@ -365,9 +365,13 @@ def load_task_modules(paths: Sequence[str] = ()) -> None:
             spec.loader.exec_module(module)
         except Exception as error:
             raise TaskError(f"task_modules: importing {path!r} failed: {type(error).__name__}: {error}") from error
-        TASK_METADATA.update(getattr(module, "TASK_METADATA", {}))
+        own = getattr(module, "TASK_METADATA", {})
+        if clash := sorted(set(own) & BUILT_IN):
+            raise TaskError(f"task_modules: {path!r} has an entry {clash[0]!r}, which the library has too; rename it")
+        TASK_METADATA.update(own)
         if before == {name: id(entry) for name, entry in TASK_METADATA.items()}:
             raise TaskError(f"task_modules: {path!r} adds no entry to TASK_METADATA")
 
 
 TASK_METADATA: dict[str, dict[str, Any]] = {**vision.TASKS, **cartpole.TASKS, **whole.TASKS, **adapters.TASKS}
+BUILT_IN = frozenset(TASK_METADATA)

@@ -277,6 +277,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is no file of torch, or holds more than tensors, such as a whole module"
         raise ZooError(f"{file} cannot be read as a checkpoint ({reason}); save a state_dict to it again") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # with the optimiser's, epoch and so on
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ZooError(f"{file} holds no state_dict (a dict of tensors); save net.state_dict() to it")
     return state

@@ -127,11 +127,12 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
 
 def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
     """Raises:
-    ZooError: two manifests differ in more than their notes.
+    ZooError: two manifests differ in more than their notes and, where networks were imported, the size of shards.
     """
+    free = ("notes", "shard_runs") if found.recipe.get("type") == "import" else ("notes",)
     for field in dataclasses.fields(Manifest):
         old, new = getattr(found, field.name), getattr(wanted, field.name)
-        if old != new and field.name != "notes":
+        if old != new and field.name not in free:
             raise ZooError(
                 f"the zoo at {folder} has {_difference(field.name, old, new)}; "
                 "use another folder for the new zoo, or delete this one to collect it anew"
@@ -304,10 +305,15 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text())
     except ValueError as error:
-        raise ZooError(f"{file} is not readable as JSON ({error}); delete it and collect again") from error
+        raise ZooError(f"{file} is not readable as JSON ({error}); {_how_to_mend(file)}") from error
     if not isinstance(fields, dict):
-        raise ZooError(f"{file} holds a {type(fields).__name__} instead of an object; delete it and collect again")
+        raise ZooError(f"{file} holds a {type(fields).__name__} instead of an object; {_how_to_mend(file)}")
     return fields
+
+
+def _how_to_mend(file: Path) -> str:
+    """Shards without a manifest could be of any settings."""
+    return f"delete {'the folder' if file.name == MANIFEST else 'it'} and collect again"
 
 
 def _safetensors_header(manifest: Manifest, runs: int) -> bytes:

@@ -1,6 +1,7 @@
 """A zoo of trained networks: `[runs, snapshots, D]` weights and their metrics, on a device, in RAM or on disk."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -198,11 +199,17 @@ class Zoo:
         rows = inside.nonzero().squeeze(1)
         if len(rows) == 0:
             raise ZooError(
-                f"the zoo has {self.runs} runs (and dropped {len(self.dropped)}), but none for the {name} split: the "
+                f"the zoo has {self.runs} runs{self._dropped_words()}, but none for the {name} split: the "
                 f"first {test} run ids are test, the next {validation - test} validation, all later ones train; "
                 "collect more runs, or set smaller test and validation splits"
             )
         return rows
+
+    def _dropped_words(self) -> str:
+        if not self.dropped:
+            return ""
+        (reason, _), *_ = Counter(self.dropped.values()).most_common(1)
+        return f" and dropped {len(self.dropped)} (such as: {reason})"
 
     def verify(self) -> None:
         """Read every byte of a stored zoo and compare checksums.

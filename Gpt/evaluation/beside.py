@@ -1,13 +1,13 @@
 """One-step optimisation, generation and ordinary training side by side: what earlier evaluations found about other
 generators, and what ordinary training reached on its way, to stand with what this one found."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from Gpt.checkpoint import read_json
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, ZooError
 from Gpt.evaluation.results import Interval, Results, Row, Trace
@@ -58,14 +58,15 @@ def training_curves(zoo: Zoo, task: Task, count: int | None, seed: int = 0) -> l
     """The test metric of ordinary training after every stored iteration, mean over the first `count` test runs, or
     all of them.
 
-    Nothing where no run is held out, or where the zoo stores the end of training alone or did not measure the rest.
+    Nothing where no run is held out, where the zoo stores the end of training alone or did not measure the rest, or
+    where networks were imported, for nobody knows after how many iterations.
     """
     column = f"test_{task.metric}"
     try:
         rows = zoo.split("test")[:count]
     except ZooError:
         return []
-    if zoo.snapshots < 2 or column not in zoo.metrics or zoo.metrics[column][rows].isnan().any():
+    if task.recipe is None or zoo.snapshots < 2 or column not in zoo.metrics or zoo.metrics[column][rows].isnan().any():
         return []
     return [trace("ordinary training", "reference", zoo.iterations, list(zoo.metrics[column][rows].T.cpu()), seed)]
 
@@ -74,7 +75,7 @@ def _results(folder: Path, metric: str) -> dict[str, Any]:
     file = folder / "results.json"
     if not file.is_file():
         raise ConfigError(f"beside: {file} does not exist; finish that run first, or leave it out")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     if content["metric"] != metric:
         raise ConfigError(f"beside: {folder} is about {content['metric']}, this run about {metric}")
     return content

@@ -99,6 +99,9 @@ def side_by_side(results: Results) -> Figure:
         beside = updates[:place].count(x) - (updates.count(x) - 1) / 2  # markers apart, where rows cost the same
         moved = axis.transData + ScaledTranslation(beside * 12 / 72, 0, figure.dpi_scale_trans)
         look: dict[str, Any] = {"color": COLOURS[row.kind], "zorder": 3, "transform": moved}
+        if row.kind == "reference" and row.updates is None:  # nobody knows how many: a level, and no place
+            axis.axhline(mean, lw=0.9, dashes=(4, 3), color=COLOURS[row.kind], label=row.name, zorder=1.5)
+            continue
         axis.plot([x, x], [low, high], lw=4, alpha=0.45, solid_capstyle="butt", **look)
         axis.plot([x], [mean], MARKERS[place % len(MARKERS)], ms=9, label=row.name, **look)
         axis.update_datalim([(x, y) for y in (low, mean, high) if np.isfinite(y)])  # what is moved does not count

@@ -43,8 +43,8 @@ CAPTIONS = {
     ),
     "optimisers": (
         "One update of the generator (horizontal lines with their 95 % intervals) beside step after step of ordinary "
-        "optimisers, from the same starting networks. Where a curve crosses the generator's line, that many steps do "
-        "what one update did."
+        "optimisers, from the same starting networks. Each curve has the learning rate that is best for its whole "
+        "length; for fewer steps a higher one is better, and the table has such rows: they say what an update is worth."
     ),
     "recursive": (
         "What further updates add: each written network is the start of the next update. Bands are 95 % intervals. "

@@ -31,7 +31,10 @@ OPTIONS = (  # hydra's
     "--experimental-rerun",
 )  # fmt: skip
 CONTINUES = "continues from what is stored: the finished shards of the zoo, the last checkpoint"
-UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def after_interruption(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from Gpt.checkpoint import write_json
+from Gpt.checkpoint import read_json, write_json
 from Gpt.config import RunConfig, checked
 from Gpt.distributed import on_first_process
 from Gpt.errors import CheckpointError, ConfigError
@@ -42,14 +42,14 @@ def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
     if not trained or not (folder / "config.json").is_file():
         return {}
-    different = list(_differences(json.loads((folder / "config.json").read_text()), _settings(config)))
+    different = list(_differences(read_json(folder / "config.json"), _settings(config)))
     if different:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
             "Choose another run.name, or resume=never for a new folder beside it"
         )
     summary = folder / "summary.json"
-    return json.loads(summary.read_text()) if summary.is_file() else {}
+    return read_json(summary) if summary.is_file() else {}
 
 
 def create_folder(config: RunConfig, folder: Path) -> None:

@@ -286,6 +286,7 @@ def test_a_users_file_takes_no_other_modules_name(tmp_path):
         ("import nonexistent_package", "importing .*my_tasks.py' failed: ModuleNotFoundError: .*nonexistent_package"),
         ("TASK_METADATA = {", "importing .*my_tasks.py' failed: SyntaxError"),
         ("x = 1", "my_tasks.py' adds no entry to TASK_METADATA"),
+        ("TASK_METADATA = {'digits_loss': {}}", "'digits_loss', which the library has too; rename it"),
     ],
 )
 def test_a_users_broken_file_is_named(tmp_path, text, message):

@@ -158,6 +158,15 @@ def test_published_weights_that_were_evaluated_do_not_pass_for_a_trained_run(her
     assert (here / "runs" / "mine" / "checkpoints" / "latest.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_damaged_file_of_a_run_is_named(here, unmeasured, run, name):
+    run()
+    file = here / "runs" / "digits_loss" / name
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        run()
+
+
 def test_resume_never_makes_a_folder_beside_it(here, unmeasured, run, times):
     before = times(here / "runs" / "digits_loss")
     run("resume=never")

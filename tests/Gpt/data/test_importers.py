@@ -272,6 +272,16 @@ def test_integers_that_would_be_lost_are_refused_and_counters_are_not(tmp_path):
         import_zoo(tmp_path / "in", tmp_path / "zoo", own, progress=False)
 
 
+def test_a_state_dict_among_other_things_is_taken(task, tmp_path):
+    net = network()
+    save(tmp_path / "in" / "a.pt", net.state_dict())
+    torch.save({"epoch": 3, "state_dict": net.state_dict(), "optimizer": {"lr": 0.1}}, tmp_path / "in" / "b.pt")
+    import_zoo(tmp_path / "in", tmp_path / "zoo", task, progress=False)
+    zoo = Zoo.open(tmp_path / "zoo", task.structure)
+    first, second = zoo.read(torch.arange(2), torch.zeros(2, dtype=torch.long))
+    assert zoo.runs == 2 and torch.equal(first, second)
+
+
 def test_ambiguous_and_empty_folders_are_named(task, tmp_path):
     with pytest.raises(ZooError, match="no folder"):
         import_zoo(tmp_path / "nowhere", tmp_path / "zoo", task)

@@ -89,7 +89,7 @@ def test_splits_are_by_run_id_and_partition_the_zoo(tmp_path):
 @pytest.mark.parametrize("bounds, split", [((0, 2), "test"), ((2, 0), "validation"), ((5, 5), "train")])
 def test_an_empty_split_is_an_error_that_counts(tmp_path, bounds, split):
     write(tmp_path)
-    with pytest.raises(ZooError, match=f"10 runs .* none for the {split} split"):
+    with pytest.raises(ZooError, match=f"10 runs, but none for the {split} split"):
         open_zoo(tmp_path, test_runs=bounds[0], validation_runs=bounds[1]).split(split)
     with pytest.raises(ZooError, match="no split 'dev'"):
         open_zoo(tmp_path).split("dev")
@@ -115,6 +115,8 @@ def test_max_weight_is_a_setting_and_a_shard_may_lose_all_runs(tmp_path):
     zoo = open_zoo(tmp_path, storage="disk")
     assert zoo.run_ids.tolist() == [0, 1, 2, 3, 8, 9]
     assert torch.equal(zoo.read(torch.tensor([4]), torch.tensor([0])), weights[8:9, 0])
+    with pytest.raises(ZooError, match=r"6 runs and dropped 4 \(such as: a weight reaches .*none for the validation"):
+        open_zoo(tmp_path, test_runs=4, validation_runs=4).split("validation")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_the_training_curve_is_the_mean_over_the_first_test_runs(task, zoo):
 
 def test_a_zoo_that_does_not_know_the_course_of_training_has_no_curve(task, zoo):
     assert training_curves(split_by_snapshot(zoo, 5, 5), task, 8) == []
+    assert training_curves(zoo, replace(task, recipe=None), 8) == []  # imported: numbered, not counted in iterations
     weights, ids, steps = torch.zeros(4, 2, task.structure.size), [0, 1, 2, 3], [0, 1]
     unmeasured = {"test_loss": torch.full((4, 2), torch.nan)}
     for metrics, held_out in (({}, 2), (unmeasured, 2), ({"test_loss": torch.zeros(4, 2)}, 0)):

@@ -69,6 +69,11 @@ def test_one_update_generation_and_training_stand_on_one_axis(synthetic_results,
     axis = figures.side_by_side(dataclasses.replace(synthetic_results, training_curves=[ends])).axes[0]
     assert len(ends.x) == 2 and not axis.collections  # no line and no band through two points
 
+    rows = [dataclasses.replace(r, updates=None) if r.kind == "reference" else r for r in synthetic_results.table]
+    axis = figures.side_by_side(dataclasses.replace(synthetic_results, table=rows, training_curves=[])).axes[0]
+    (trained,) = (line for line in axis.lines if line.get_label() == "ordinary training")
+    assert trained.get_marker() == "None" and len(set(trained.get_ydata())) == 1  # a level: its updates are not known
+
     own = [row for row in synthetic_results.table if not row.run]
     alone = dataclasses.replace(synthetic_results, table=own, training_curves=[])
     assert "side_by_side" not in figures.save_figures(alone, tmp_path / "none.jsonl", tmp_path)
