@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -84,7 +85,7 @@ class Zoo:
         validation_runs: int = 0,
         runs: int | None = None,
     ) -> "Zoo":
-        """Open a stored zoo; sizes and headers of its shards are checked (`verify` checks every byte).
+        """Open a stored zoo; sizes and headers of its shards are checked, and every byte of what is kept in memory.
 
         Args:
             runs: only the runs with ids below this, as if no others were stored; all when None.
@@ -109,10 +110,13 @@ class Zoo:
         columns = [(shards.read_metrics(folder, shard.index), len(shard.run_ids)) for shard in opened if shard.run_ids]
         metrics = {name: torch.cat([c[name][:n] for c, n in columns]) for name in (columns[0][0] if columns else ())}
         dropped = {run: reason for shard in opened for run, reason in shard.dropped.items()}
-        return cls(
+        zoo = cls(
             weights, structure, run_ids, manifest.iterations, metrics, device, test_runs, validation_runs, manifest,
             dropped, folder, sum(shard.seconds for shard in opened),
         )  # fmt: skip
+        if where != "disk":
+            zoo.verify()
+        return zoo
 
     @classmethod
     def from_tensors(
@@ -217,10 +221,15 @@ class Zoo:
         Raises:
             ZooError: a file is missing, truncated or altered; names it.
         """
-        if self.folder is not None:
-            manifest = shards.read_manifest(self.folder)
-            for index in shards.finished_shards(self.folder):
-                shards.check_shard(self.folder, manifest, index, shards.read_shard(self.folder, index), checksums=True)
+        if self.folder is None:
+            return
+        folder, manifest = self.folder, shards.read_manifest(self.folder)
+
+        def check(index: int) -> None:
+            shards.check_shard(folder, manifest, index, shards.read_shard(folder, index), checksums=True)
+
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads work
+            list(pool.map(check, shards.finished_shards(folder)))
 
 
 @dataclass(frozen=True)

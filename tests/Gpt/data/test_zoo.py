@@ -198,6 +198,8 @@ def test_verifying_finds_a_single_altered_bit_and_names_the_file(tmp_path, kind)
     damage(file, "altered data")
     with pytest.raises(ZooError, match=f"{file.name} was altered"):
         zoo.verify()
+    with pytest.raises(ZooError, match=f"{file.name} was altered"):
+        open_zoo(tmp_path, storage="ram")
 
 
 def test_an_index_with_other_keys_is_named(tmp_path):
