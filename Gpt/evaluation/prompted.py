@@ -69,13 +69,13 @@ class PromptJudge(Judge):
         progress("prompt curves")
         curves = self.curves()
         progress("recursive updates")
-        traces, recursive_rows = self.recursive(chosen)
+        traces, recursive_rows, after = self.recursive(chosen)
         progress("baselines")
         sets, baseline_rows = self.trivial_networks()
         progress("optimisers")
         optimiser_traces, optimiser_rows, step_seconds = self.tuned_optimisers(update.price)
         progress("novelty")
-        novelty_rows, bar = self.novelty_of({self.config.label: update.networks} | sets)
+        novelty_rows, bar = self.novelty_of({self.config.label: update.networks} | after, sets)
         progress("costs")
         paid = costs.costs(self.task, self.zoo, update.price, spent, step_seconds)
         return self.results(
@@ -184,10 +184,11 @@ class PromptJudge(Judge):
         metric = test_population(self.task, stored, "validation")[f"validation_{self.task.metric}"]
         return prompting.prompt_curve("retrieval", "baseline", wanted, metric.view_as(wanted), self.config.seed)
 
-    def recursive(self, chosen: int) -> tuple[list[Trace], list[Row]]:
-        """Updates of updates, from held-out and from unfamiliar starts; nothing for a generator that needs no start."""
+    def recursive(self, chosen: int) -> tuple[list[Trace], list[Row], dict[str, Float[Tensor, "n D"]]]:
+        """Updates of updates, from held-out and from unfamiliar starts; nothing for a generator that needs no start.
+        The networks, by name, are those of the held-out starts that were asked for the best metric attained."""
         if not self.generator.needs_start:
-            return [], []
+            return [], [], {}
         task, config = self.task, self.config
         plans = [
             ("fixed prompt", self.held_out, task.recursive_prompt, "fixed"),
@@ -196,7 +197,7 @@ class PromptJudge(Judge):
         ]
         unfamiliar = prompting.unfamiliar_networks(self.held_out, task, derive_seed(config.seed, "unfamiliar"))
         plans += [(starts.name, starts, self.attained, "fixed") for starts in unfamiliar]
-        traces, rows = [], []
+        traces, rows, after = [], [], {}
         for name, starts, target, mode in plans:
             generations = prompting.recursive_updates(
                 self.writer, task, starts, target, config.recursive_steps, mode, f"recursive, {name}"
@@ -215,7 +216,9 @@ class PromptJudge(Judge):
                 title += f" of {name}"
             final = generations[-1].weights
             rows.append(self.row(title, "generator", final, updates=config.recursive_steps, note=note))
-        return traces, rows
+            if name == "best attainable":
+                after[f"{config.label}, {config.recursive_steps} updates"] = final
+        return traces, rows, after
 
     def trivial_networks(self) -> tuple[dict[str, Float[Tensor, "n D"]], list[Row]]:
         """The trivial networks, by name, and their rows."""
@@ -277,7 +280,9 @@ class PromptJudge(Judge):
                 rows.append(self.row(name, "optimiser", entry.weights, updates=entry.steps, note=note, **paid))
         return traces, rows, step_seconds
 
-    def novelty_of(self, sets: dict[str, Float[Tensor, "n D"]]) -> tuple[list[Novelty], float]:
+    def novelty_of(
+        self, written: dict[str, Float[Tensor, "n D"]], trivial: dict[str, Float[Tensor, "n D"]]
+    ) -> tuple[list[Novelty], float]:
         """A line for each set of networks, and the bar that a good one reaches."""
         config, task, held_out = self.config, self.task, "held-out training"
         bank = Bank.of(
@@ -289,12 +294,13 @@ class PromptJudge(Judge):
             candidates=config.novelty_candidates,
         )
         count = config.novelty_networks
-        sets = {name: weights[:count] for name, weights in sets.items()} | {held_out: self._finished(count)}
+        sets = {name: weights[:count] for name, weights in (written | trivial).items()}
+        sets[held_out] = self._finished(count)
         sizes = [len(weights) for weights in sets.values()]
         own = torch.cat([bank.runs[:count], torch.full((sum(sizes),), -1)])
         found, _ = bank.nearest(torch.cat([bank.weights[:count], *sets.values()]), own)  # the bank is aligned only once
         between, *distances = found.cpu().split([len(own) - sum(sizes), *sizes])
-        kinds = dict.fromkeys(sets, "baseline") | {config.label: "generator", held_out: "reference"}
+        kinds = dict.fromkeys(trivial, "baseline") | dict.fromkeys(written, "generator") | {held_out: "reference"}
         measured = {}
         for (name, weights), distance in zip(sets.items(), distances, strict=True):
             metric = test_population(task, weights, "test")[f"test_{task.metric}"]

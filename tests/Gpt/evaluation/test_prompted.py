@@ -58,11 +58,12 @@ def test_a_copying_generator_is_aligned_as_good_as_retrieval_and_found_out(resul
     assert curves["shuffled prompts"].alignment.mean < 0.2
     assert {name for name, curve in curves.items() if curve.kind == "baseline"} == {"shuffled prompts", "retrieval"}
     assert len(curves["held-out starts"].prompted) == 8 and len(curves["held-out starts"].prompted[0]) == 6
-    copied = next(row for row in results.novelty if row.name == "G.pt")
     kinds = {row.name: row.kind for row in results.novelty}
-    assert (kinds.pop("G.pt"), kinds.pop("held-out training")) == ("generator", "reference")
-    assert set(kinds.values()) == {"baseline"}
-    assert copied.distance_ratio < 1e-5 and copied.copying_z < -2 and copied.novel_and_good == 0
+    written = [row for row in results.novelty if row.kind == "generator"]
+    assert [row.name for row in written] == ["G.pt", "G.pt, 3 updates"] and kinds["held-out training"] == "reference"
+    assert list(kinds.values()).count("baseline") == len(kinds) - 3
+    for copied in written:
+        assert copied.distance_ratio < 1e-5 and copied.copying_z < -2 and copied.novel_and_good == 0
 
 
 def test_traces_and_optimisers_start_where_the_generator_does(results, zoo):
