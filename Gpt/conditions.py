@@ -52,8 +52,7 @@ class MetricScale(nn.Module):
         # Equal knots are moved up, one gap after the other: a step of zero width would have no inverse, in float32 too.
         # A few runs that went astray must not widen it for all others, hence the inner knots.
         edge = len(knots) // 16
-        gap = torch.maximum((knots[-1 - edge] - knots[edge]) * 1e-4, knots[-1 - edge].abs() * 1e-6).clamp_min(1e-10)
-        gaps = gap * torch.arange(len(knots), device=knots.device)
+        gaps = torch.maximum((knots[-1 - edge] - knots[edge]) * 1e-4, knots.abs() * 1e-6).clamp_min(1e-10).cumsum(0)
         self.knots.copy_(torch.cummax(knots - gaps, dim=0).values + gaps)
         self.center.copy_(values.mean())
         self.spread.copy_(values.std().clamp_min(1e-6))

@@ -60,6 +60,15 @@ def test_runs_that_went_astray_leave_the_scale_of_the_others():
     assert (scale(astray)[0].diff() > 0).all()
 
 
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.3] * 300 + [1e4] * 40, [-500.0] * 500 + [-1.0] * 500])
+def test_equal_metrics_far_from_the_others_have_a_finite_scale(values):
+    """Float32 tells neighbours of 10,000 apart from a thousandth on."""
+    scale = MetricScale()
+    scale.fit(torch.tensor(values))
+    assert (scale.knots.diff() > 0).all()
+    assert all(part.isfinite().all() for part in scale(torch.tensor(values)))
+
+
 def test_fourier_features_in_closed_form():
     features = fourier_features(torch.tensor([0.0, 0.25]), octaves=2)
     root = math.sqrt(0.5)
