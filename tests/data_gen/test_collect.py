@@ -265,7 +265,14 @@ def test_two_workers_share_the_work(task, tmp_path, monkeypatch):
         if run_ids[0] in (0, 3):
             barrier.wait(30)  # both workers are at work at the same time
 
-    monkeypatch.setattr(collecting, "train_population", hooked(note))
+    one_at_a_time = threading.Lock()
+
+    def training(*args, **options):
+        note(args[1])
+        with one_at_a_time:  # workers are processes; two threads of one must not differentiate at once
+            return train_population(*args, **options)
+
+    monkeypatch.setattr(collecting, "train_population", training)
     task.structure, task.data("train"), task.data("validation"), task.data("test")
     workers = [threading.Thread(target=gather, args=(task, tmp_path, 12)) for _ in range(2)]
     for worker in workers:
