@@ -274,9 +274,7 @@ def asked_classes(experiment: Experiment, config: PlaygroundConfig) -> tuple[Boo
         sure = ", ".join(f"{name} {p:.2f}" for name, p in zip(names, reading.probabilities.tolist(), strict=True))
         print(f"“{config.prompt}” was read as: {sure}")
         if reading.unsure:
-            print(
-                f"not sure about {', '.join(reading.unsure)}; other words, or mask=… where it is known, may be clearer"
-            )
+            print(f"not sure about {', '.join(reading.unsure)}; other words may be clearer")
         if "text" in known:
             told["text"] = reader.embed([config.prompt])[0]
     else:

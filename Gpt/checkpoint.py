@@ -128,10 +128,10 @@ class CheckpointFolder:
         return facts.get("facts", facts.get("state", {}))
 
     def _latest(self) -> dict[str, Any]:
-        return _read_json(self.folder / "latest.json")
+        return read_json(self.folder / "latest.json")
 
     def _facts(self, name: str) -> dict[str, Any]:
-        facts = _read_json(self.folder / name / "facts.json")
+        facts = read_json(self.folder / name / "facts.json")
         for key, value in self.identity.items():
             if facts["identity"].get(key) != value:
                 raise CheckpointError(
@@ -200,15 +200,6 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; start over with resume=never") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
-
-
 def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; that library has an error of its own for a full disk, which does not name the file.
 
@@ -224,18 +215,18 @@ def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
-def read_json(file: Path) -> Any:
-    """What `write_json` wrote.
+def read_json(file: Path) -> dict[str, Any]:
+    """What `write_json` wrote into a run's folder.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is missing or damaged.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; start over with resume=never") from error
     except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}); restore it, or choose another run.name and delete {file.parent}"
-        ) from error
+        raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """RPG as published: Mamba-2 prototypes, and a 1-D convolutional DDPM that denoises every token by itself.
 
 Wang et al. 2025, "Recurrent Parameter Generation", arXiv 2501.11587; sizes and details as in the authors' code. It
-differs from that code where the code fails, and only there:
+differs from that code where the code fails, and in what else is listed here, and only there:
 
     padding is a boolean mask, not NaN; a layer that never varies is restored to the bit, not by way of 0/0
     learned scalars are generated like other weights; only counters are copied

@@ -77,15 +77,17 @@ def test_wrong_values_are_named(argument, words):
 
 
 @pytest.mark.parametrize(
-    "argument",
+    ("argument", "value"),
     [
-        "evaluation.steps=null", "evaluation.recursive_steps=0", "evaluation.optimiser_steps=0",
-        "evaluation.noise_scales=[]", "trainer.max_grad_norm=null", "trainer.muon_learning_rate=null",
-        "trainer.warmup=0", "trainer.ema_decay=0", "trainer.validate_every=0", "trainer.betas=[0, 0.999]",
+        ("evaluation.steps=null", None), ("evaluation.recursive_steps=0", 0), ("evaluation.optimiser_steps=0", 0),
+        ("evaluation.noise_scales=[]", ()), ("trainer.max_grad_norm=null", None),
+        ("trainer.muon_learning_rate=null", None), ("trainer.warmup=0", 0), ("trainer.ema_decay=0", 0),
+        ("trainer.validate_every=0", 0), ("trainer.betas=[0, 0.999]", (0, 0.999)),
     ],
 )  # fmt: skip
-def test_nothing_is_a_value_where_it_means_something(argument):
-    compose("digits_loss", [argument])
+def test_nothing_is_a_value_where_it_means_something(argument, value):
+    section, key = argument.split("=")[0].split(".")
+    assert getattr(getattr(compose("digits_loss", [argument]), section), key) == value
 
 
 def test_options_may_follow_settings():
