@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -67,7 +67,7 @@ class TrainerConfig:
     warmup: NonNegativeInt = 50
     weight_decay: Rate = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.99)
-    max_grad_norm: NonNegativeFloat | None = 1.0
+    max_grad_norm: PositiveFloat | None = 1.0
     ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.99
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
     compile: bool = False

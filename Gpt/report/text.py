@@ -137,18 +137,15 @@ def summarise(results: Results) -> str:
 def print_table(results: Results) -> str:
     """The table as plain text, at most 120 columns wide; what does not fit is left out: notes, metrics from the fourth
     on, compute, the other side metrics."""
-    metrics, last = metric_columns(results), len(("updates", "time", "compute"))
+    metrics, costs = metric_columns(results), ["updates", "time", "compute"]
     while True:
-        header = ["name", "kind", *metrics, *("updates", "time", "compute")[:last]]
+        header = ["name", "kind", *metrics, *costs]
         lines = [header, *(_cells(row, metrics)[: len(header)] for row in results.table)]
         widths = [min(42, max(len(line[i]) for line in lines)) for i in range(len(header))]
         free = 120 - sum(widths) - 2 * len(widths)
         if free >= 0 or len(metrics) == 1:
             break
-        if len(metrics) > 3 or last == 2:
-            metrics.pop()
-        else:
-            last = 2
+        (metrics if len(metrics) > 3 or "compute" not in costs else costs).pop()
     notes = ["note", *(row.note for row in results.table)] if free >= 16 else [""] * len(lines)
     rendered = []
     for line, note in zip(lines, notes, strict=True):
@@ -254,7 +251,7 @@ def _cost_sentences(results: Results) -> list[str]:
     if results.costs is None:
         return []
     if not results.costs.train_seconds:
-        return ["What training a network takes is not known here, and so is when generation pays off."]
+        return ["What training a network takes is not known here, so neither is when generation pays off."]
     if results.costs.break_even is None:
         verdict = "it never pays off in wall-clock on this machine"
     else:
