@@ -16,6 +16,7 @@ from Gpt.distributed import on_first_process, primary, processes, world
 from Gpt.evaluation.beside import Others, read_runs, side_by_side
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.results import Results
+from Gpt.interruption import held_back
 from Gpt.report.figures import save_figures
 from Gpt.report.html import write_report
 from Gpt.report.logger import Loggers, open_loggers
@@ -94,18 +95,20 @@ def keep_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
 def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]:
     """Train, or go on from the latest checkpoint. Returns what the summary keeps: all processes' seconds, the steps."""
     experiment.fit()
-    state = train(
-        experiment.generator,
-        experiment.sampler("train"),
-        experiment.sampler("validation"),
-        experiment.score,
-        experiment.config.trainer,
-        experiment.checkpoints,
-        logger,
-        experiment.device,
-        experiment.config.seed,
-        experiment.stream or (lambda step: None),
-    )
+    with held_back() as signalled:
+        state = train(
+            experiment.generator,
+            experiment.sampler("train"),
+            experiment.sampler("validation"),
+            experiment.score,
+            experiment.config.trainer,
+            experiment.checkpoints,
+            logger,
+            experiment.device,
+            experiment.config.seed,
+            experiment.stream or (lambda step: None),
+            signalled,
+        )
     return {"training_seconds": world() * state.seconds, "step": state.step}
 
 

@@ -45,12 +45,15 @@ class TrainingState:
         step: optimiser steps taken.
         seconds: wall-clock spent training, earlier sessions included.
         best_score, best_step: of the best validation score so far (lower is better).
+        unlogged_steps, unlogged_loss: how many steps there are since the loss was last logged, and the sum of theirs.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_score: float = float("inf")
     best_step: int = -1
+    unlogged_steps: int = 0
+    unlogged_loss: float = 0.0
 
     @property
     def best_folder(self) -> str | None:

@@ -77,6 +77,15 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, in every process."""
+    if world() == 1:
+        return number
+    found = torch.tensor(number, device=_transport())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def on_first_process(job: Callable[[], T]) -> T:
     """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told."""
     attempt: tuple[Any, UserError | None] = _attempt(job) if primary() else (None, None)

@@ -26,6 +26,7 @@ from Gpt.cuda_graphs import GraphedGradient
 from Gpt.distributed import from_first, on_first_process
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator, evaluating
+from Gpt.interruption import Interrupted
 from Gpt.muon import MuonAdamW
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
@@ -34,6 +35,8 @@ from Gpt.sharding import Whole, copy_whole, local, sharded, synchronise_gradient
 Sampler = Callable[[int, torch.Generator], Batch]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+AGREE_EVERY = 10  # steps, after which several processes that log nothing ask each other whether to go on
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class TrainerConfig:
         sharded: with several processes, each keeps a part of the weights, gradients, optimiser state and average, see
             `Gpt.sharding`; for generators that outgrow a card.
         validate_every, checkpoint_every: steps; 0 leaves it to the end.
+        log_every: steps; 0 for never. Several processes end a training that a signal interrupts after such a step.
         validation_batches: batches behind one validation loss.
     """
 
@@ -100,6 +104,7 @@ def train(
     device: torch.device,
     seed: int,
     before_step: Callable[[int], None] = lambda step: None,
+    signalled: Callable[[], int] = lambda: 0,
 ) -> TrainingState:
     """Train, and leave the averaged weights in `generator`: the best ones by `score` where it was measured.
 
@@ -108,8 +113,11 @@ def train(
         score: measures the averaged generator on validation data; its key "score" (lower is better) picks the best
             weights.
         before_step: is told the number of each step before its batch is drawn (a zoo that is kept fresh).
+        signalled: the number of a signal that asks the training to end, 0 while none has; see `Gpt.interruption`.
 
     Raises:
+        Interrupted: `signalled` here or in another process; all have ended after the same step, and a checkpoint of it
+            is written.
         ConfigError: the processes cannot share the slices of a batch equally.
         UserError: the loss or its gradient is not finite; the latest checkpoint is from before.
         CheckpointError: a checkpoint cannot be read or written.
@@ -123,24 +131,25 @@ def train(
     backward = Backward(session.trained, config, device)
     bar = tqdm(total=config.steps, initial=resumed, desc="training", unit="step", disable=rank > 0)
     begun = time.perf_counter() - state.seconds
-    running, since, norm = torch.zeros((), device=device), resumed, torch.zeros(())
+    running = torch.tensor(state.unlogged_loss if rank == 0 else 0.0, device=device)
+    since, norm = resumed - state.unlogged_steps, torch.zeros(())
 
     while True:
         last, fresh = state.step >= config.steps, state.step > resumed  # else validated and saved in an earlier session
-        validate = fresh and (last or _due(state.step, config.validate_every))
-        save = fresh and (last or _due(state.step, config.checkpoint_every))
-        if validate or save:
+        if fresh and (last or _due(state.step, config.validate_every)):
             _check_finite("gradient norm", norm.item(), state.step, config)
-        if validate:
             judged = session.judged()
             facts = from_first(_validate(judged, draw_validation, score, config, device, seed, state.step))
             logger.log({f"validation/{name}": value for name, value in facts.items()}, state.step)
             session.keep_if_best(judged, facts)
             bar.set_postfix({name: f"{value:.3g}" for name, value in facts.items()})
+        interrupted = _agreed(signalled(), state.step, config)
         state.seconds = time.perf_counter() - begun
-        if save:
+        if fresh and (last or interrupted or _due(state.step, config.checkpoint_every)):
+            _check_finite("gradient norm", norm.item(), state.step, config)
+            state.unlogged_steps, state.unlogged_loss = state.step - since, distributed.total(running).item()
             session.save()
-        if last:
+        if last or interrupted:
             break
 
         before_step(state.step)
@@ -161,6 +170,8 @@ def train(
             since = state.step
 
     bar.close()
+    if interrupted:
+        raise Interrupted(interrupted, f"at step {state.step} of {config.steps}")
     checkpoints.load_best(generator)
     return state
 
@@ -331,6 +342,18 @@ def _check_finite(name: str, value: float, step: int, config: TrainerConfig) -> 
             f"training: the {name} is {value} at step {step}; train anew (resume=never) with a lower "
             f"trainer.learning_rate (now {config.learning_rate:g}); the checkpoints of this run are from before"
         )
+
+
+def _agreed(signalled: int, step: int, config: TrainerConfig) -> int:
+    """The signal that ends the training after this step, in all processes alike; 0 for none.
+
+    One process decides alone, after any step. Several exchange it where they exchange the loss anyway: after every step
+    it would have the hosts wait for each other and for their GPUs.
+    """
+    if distributed.world() == 1:
+        return signalled
+    together = step >= config.steps or _due(step, config.log_every or AGREE_EVERY)
+    return distributed.largest(signalled) if together else 0
 
 
 def _due(step: int, every: int) -> bool:

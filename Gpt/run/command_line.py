@@ -6,6 +6,7 @@ This module alone knows hydra.
 import dataclasses
 import errno
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from Gpt.config import RunConfig, checked
+from Gpt.distributed import primary
 from Gpt.errors import ConfigError, UserError, nearest
+from Gpt.interruption import Interrupted, handled
 from rpg.registry import GENERATORS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,12 +41,17 @@ UNWRITABLE = (
 
 
 def after_interruption(config: RunConfig) -> str:
-    """What the same command does after Ctrl-C."""
-    if config.resume == "never" and not config.test_only:
+    """What the same command does after Ctrl-C or SIGTERM."""
+    if config.dry_run:
+        return "starts over"
+    if config.resume == "never" and not (config.test_only or config.collect_only):
+        zoo = "keeps the finished shards of the zoo" if config.zoo.store else "trains the zoo again"
         return (
-            "keeps the finished shards of the zoo and begins another run beside this one; to continue this one, set "
-            "run.name to the name of its folder and leave out resume=never"
+            f"{zoo} and begins another run beside this one; to continue this one, set run.name to the name of its "
+            "folder and leave out resume=never"
         )
+    if not config.zoo.store:
+        return "trains the zoo again, which is not stored, and continues from the last checkpoint"
     return CONTINUES
 
 
@@ -54,7 +62,8 @@ def launch(
 ) -> None:
     """Compose the configuration that the arguments ask for and hand it, with its name, to `job`.
 
-    What a user can mend ends the process with a message and status 2, Ctrl-C with what the same command does next.
+    What a user can mend ends the process with a message and status 2; Ctrl-C and SIGTERM with what the same command
+    does next, and status 130 or 143.
     """
     sys.argv[1:] = guard(lambda: check_arguments(arguments))
 
@@ -67,24 +76,27 @@ def launch(
 
 
 def guard(job: Callable[[], Any], interrupted: str = CONTINUES) -> Any:
-    """Errors a user can mend end with their message; Ctrl-C says what the same command does next."""
-    try:
-        return job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command {interrupted}.", file=sys.stderr)
-        sys.exit(130)
+    """Errors a user can mend end with their message; Ctrl-C and SIGTERM say what the same command does next."""
+    with handled():
+        try:
+            return job()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(
+                f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        except KeyboardInterrupt as error:
+            if primary():  # signals are sent to all processes, which end together
+                where = f" {error}" if str(error) else ""
+                print(f"\nInterrupted{where}. The same command {interrupted}.", file=sys.stderr)
+            sys.exit(128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT))
 
 
 def compose(name: str, settings: Sequence[str]) -> RunConfig:

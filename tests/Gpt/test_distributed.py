@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from Gpt import distributed
-from Gpt.distributed import busy, from_first, in_chunks, on_first_process, rank, share, together, total, world
+from Gpt.distributed import busy, from_first, in_chunks, largest, on_first_process, rank, share, together, total, world
 from Gpt.errors import TaskError, UserError
 from Gpt.seeds import rng
 
@@ -34,7 +34,7 @@ def test_one_process_does_everything():
     assert found["noise"].shape == (COUNT, 2, 3)
     assert list(share("abc")) == list("abc") and world() == 1 and busy(COUNT, SIZE) == 1
     assert (from_first(3), on_first_process(lambda: 4), together(lambda: 5)) == (3, 4, 5)
-    assert total(torch.tensor(2.0)) == 2
+    assert total(torch.tensor(2.0)) == 2 and largest(15) == 15
     with pytest.raises(TaskError, match="second chunk"):
         in_chunks(failing, COUNT, SIZE)
 
@@ -67,7 +67,7 @@ def _share() -> None:
     assert found["row"].tolist() == list(range(COUNT))
     assert in_chunks(work, SIZE, SIZE)["row"].tolist() == list(range(SIZE))  # only one process has work
     assert busy(COUNT, SIZE) == 2 and busy(SIZE, SIZE) == 1
-    assert from_first(rank()) == 0 and total(torch.tensor(rank() + 1.0)) == 3
+    assert from_first(rank()) == 0 and total(torch.tensor(rank() + 1.0)) == 3 and largest(2 - rank()) == 2
     assert list(share("abcde")) == list(("ace", "bd")[rank()])
     for job in (
         lambda: in_chunks(failing, COUNT, SIZE),

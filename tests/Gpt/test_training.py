@@ -1,6 +1,7 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
-Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP` or `… process RANK WORLD`.
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`, or
+`… stopped STEP PROCESSES RANK WORLD`, where these processes send themselves a signal in that step.
 """
 
 import json
@@ -18,13 +19,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import checkpoint
+from Gpt import checkpoint, distributed
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
+from Gpt.interruption import Interrupted, handled, held_back
 from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
 from Gpt.seeds import rng
-from Gpt.training import TrainerConfig, _optimizer, learning_rate_factor, train
+from Gpt.training import TrainerConfig, _agreed, _optimizer, learning_rate_factor, train
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
@@ -64,13 +66,24 @@ def score(generator: Generator) -> dict[str, float]:
     return {"score": abs(float(generator.layers[0].weight.abs().sum()) - 5.9)}
 
 
-def run(folder: Path, config: TrainerConfig = CONFIG, generator: Generator | None = None, score=score, rank: int = 0):
+def run(
+    folder: Path,
+    config: TrainerConfig = CONFIG,
+    generator: Generator | None = None,
+    score=score,
+    rank: int = 0,
+    before_step=lambda step: None,
+):
     """Train or go on, as main.py does; returns the generator and the final state."""
     generator = generator or Toy()
     checkpoints = CheckpointFolder(folder / "checkpoints", {"task": "toy"})
     logger = Loggers([JsonlLogger(folder, checkpoints.latest_step())] if rank == 0 else [])
+    device = torch.device("cpu")
     try:
-        state = train(generator, draw, draw, score, config, checkpoints, logger, torch.device("cpu"), seed=0)
+        with held_back() as signalled:
+            state = train(
+                generator, draw, draw, score, config, checkpoints, logger, device, 0, before_step, signalled
+            )  # fmt: skip
     finally:
         logger.finish()
     return generator, state
@@ -220,10 +233,66 @@ def test_sigkill_in_the_middle_of_a_checkpoint(tmp_path, unbroken):
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
 
 
-def two_processes(folder: Path, mode: str) -> None:
-    children = [subprocess_of(folder, mode, rank, 2) for rank in range(2)]
-    outputs = [child.communicate(timeout=120)[0] for child in children]
+# Losses are logged every 5 steps: where a training stops between, a part of their mean is of the session before.
+STOPPED = replace(CONFIG, log_every=5)
+
+
+def raising(number: int, when: int):
+    """A `before_step` that sends this process a signal in the step after `when` of them."""
+    return lambda step: signal.raise_signal(number) if step == when else None
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """All that was logged, but when."""
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_told_to_stop_ends_after_any_step_and_continues_to_the_bit(tmp_path, number):
+    run(tmp_path / "unbroken", STOPPED)
+    folder = tmp_path / "stopped"
+    checkpoints = CheckpointFolder(folder / "checkpoints", {"task": "toy"})
+    for step in range(CONFIG.steps):
+        with pytest.raises(Interrupted, match=f"^at step {step + 1} of 12$") as caught, handled():
+            run(folder, STOPPED, before_step=raising(number, step))
+        assert caught.value.number == number
+        assert checkpoints.latest_step() == step + 1
+    run(folder, STOPPED)
+    assert_same(contents(folder), contents(tmp_path / "unbroken"))
+    assert lines(folder) == lines(tmp_path / "unbroken")
+
+
+def test_a_signal_before_the_first_step_ends_a_training_that_has_nothing_to_store(tmp_path, unbroken):
+    with pytest.raises(Interrupted, match="^at step 0 of 12$"), handled(), held_back():
+        signal.raise_signal(signal.SIGTERM)
+        run(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    run(tmp_path)
+    assert_same(contents(tmp_path), contents(unbroken))
+
+
+def test_one_that_is_told_to_stop_in_a_validation_keeps_what_it_found(tmp_path, unbroken):
+    def signalling(generator):
+        signal.raise_signal(signal.SIGTERM)
+        return score(generator)
+
+    with pytest.raises(Interrupted, match="^at step 3 of 12$"), handled():
+        run(tmp_path, score=signalling)
+    run(tmp_path)
+    assert_same(contents(tmp_path), contents(unbroken))
+    assert lines(tmp_path) == lines(unbroken)
+
+
+def two_processes(folder: Path, *mode: object) -> list[str]:
+    """Both end by themselves and well; returns what they print."""
+    children = [subprocess_of(folder, *mode, rank, 2) for rank in range(2)]
+    try:
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()  # one that waits for a partner that has gone
     assert [child.returncode for child in children] == [0, 0], outputs
+    return outputs
 
 
 def assert_close(folder: Path, expected_folder: Path) -> None:
@@ -250,6 +319,36 @@ def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_t
     assert CheckpointFolder(tmp_path / "two" / "checkpoints", {}).latest_step() == 4
     two_processes(tmp_path / "two", "sharded process")
     assert_close(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.fixture(scope="module")
+def unbroken_pair(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken-pair")
+    two_processes(folder, "process")
+    return folder
+
+
+@pytest.mark.parametrize(("step", "told"), [(4, "0"), (5, "1"), (6, "01")])
+def test_two_processes_stop_after_the_same_step_whoever_is_told(tmp_path, unbroken_pair, step, told):
+    """Where they ask each other, every 2 steps here; the signal that both end with is the same."""
+    outputs = two_processes(tmp_path, "stopped", step, told)
+    stop = step + 2 - step % 2
+    expected = f"SIGTERM at step {stop} of 12" if "1" in told else f"SIGINT at step {stop} of 12"
+    assert [output.splitlines()[-1] for output in outputs] == [expected] * 2
+    assert [output.count("the training ends after this step") for output in outputs] == [int("0" in told), 0]
+    (tmp_path / "rendezvous").unlink(missing_ok=True)
+    two_processes(tmp_path, "process")
+    assert_same(contents(tmp_path), contents(unbroken_pair))
+    assert lines(tmp_path) == lines(unbroken_pair)
+
+
+@pytest.mark.parametrize(("log_every", "expected"), [(5, [5, 10, 12]), (0, [10, 12])])
+def test_processes_ask_each_other_where_they_exchange_the_loss_and_at_the_end(monkeypatch, log_every, expected):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "largest", lambda number: max(number, signal.SIGINT))
+    config = replace(CONFIG, log_every=log_every)
+    assert [step for step in range(13) if _agreed(0, step, config) == signal.SIGINT] == expected
+    assert _agreed(signal.SIGTERM, 10, config) == signal.SIGTERM and _agreed(signal.SIGTERM, 9, config) == 0
 
 
 def test_slices_add_up_to_the_whole_batch(tmp_path):
@@ -428,11 +527,18 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
         _kill_while_saving(int(numbers[0]))
         run(folder)
     else:
-        rank, world = map(int, numbers)
+        *stop, rank, world = numbers
         store = f"file://{folder / 'rendezvous'}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(world))
         config = replace(MUON, sharded=True) if mode == "sharded process" else CONFIG
-        run(folder, config, rank=rank)
+        told = stop and rank in stop[1]
+        number = signal.SIGTERM if int(rank) else signal.SIGINT
+        before_step = raising(number, int(stop[0])) if told else lambda step: None
+        try:
+            with handled():
+                run(folder, config, rank=int(rank), before_step=before_step)
+        except Interrupted as error:
+            print(signal.Signals(error.number).name, error)
         dist.destroy_process_group()
 
 

@@ -1,10 +1,13 @@
 """Runs that are killed, continued and shared: they find what an unbroken run of one process finds."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,60 @@ import pytest
 import torch
 
 import main
+from Gpt.checkpoint import CheckpointFolder
+from Gpt.data.shards import finished_shards
 from Gpt.report.logger import read_metrics
+
+# main.py, which at one place says so and waits for a line: what is sent to it meanwhile finds it there.
+WAITING = """
+import sys
+import data_gen.collect as collecting, main
+
+place, main.save_figures = sys.argv.pop(1), lambda *_: {}
+train, train_population = main.train, collecting.train_population
+
+def wait():
+    print("waiting", flush=True)
+    sys.stdin.readline()
+
+def second_shard(task, run_ids, *args, **options):
+    if run_ids[0]:
+        wait()
+    return train_population(task, run_ids, *args, **options)
+
+def fifth_step(*args):
+    *others, _, signalled = args
+    return train(*others, lambda step: wait() if step == 4 else None, signalled)
+
+if place == "zoo":
+    collecting.train_population = second_shard
+if place == "training":
+    main.train = fifth_step
+if place == "evaluation":
+    main.judge = lambda *_: wait()
+main.main()
+"""
 
 
 class Killed(BaseException):
     pass
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(main.__file__).parent)}
+
+
+def assert_same_run(folder: Path, expected_folder: Path) -> None:
+    """What was logged, but when, and the weights of both runs."""
+    expected, found = (
+        [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(f / "metrics.jsonl")]
+        for f in (expected_folder, folder)
+    )
+    assert found == expected
+    files = (sorted(f.rglob("*.safetensors")) for f in (expected_folder, folder))
+    for old, new in zip(*files, strict=True):
+        assert old.name == new.name
+        assert old.read_bytes() == new.read_bytes()
 
 
 def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypatch, run):
@@ -35,14 +87,63 @@ def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypa
     assert "finished" not in json.loads((folder / "summary.json").read_text())
     assert run("run.name=killed") is not None
     assert json.loads((folder / "summary.json").read_text())["finished"]
-    expected, found = (
-        [{key: value for key, value in line.items() if key != "time"} for line in read_metrics(f / "metrics.jsonl")]
-        for f in (finished, folder)
-    )
-    assert found == expected
-    for old, new in zip(sorted(finished.rglob("*.safetensors")), sorted(folder.rglob("*.safetensors")), strict=True):
-        assert old.name == new.name
-        assert old.read_bytes() == new.read_bytes()
+    assert_same_run(folder, finished)
+
+
+@contextlib.contextmanager
+def waiting(here: Path, place: str, *settings: str) -> Iterator[subprocess.Popen]:
+    """main.py in a process of its own, at that place."""
+    (here / "waiting.py").write_text(WAITING)
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    call = [sys.executable, "waiting.py", place, *settings]
+    child = subprocess.Popen(call, cwd=here, env=environment(), text=True, **pipes)
+    try:
+        for line in child.stdout:
+            if line == "waiting\n":
+                break
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_told_to_stop_stores_its_step_and_continues_with_the_same_command(
+    here, tiny, unmeasured, run, number
+):
+    folder = here / "runs" / "stopped"
+    with waiting(here, "training", *tiny, "run.name=stopped") as child:
+        child.send_signal(number)
+        _, said = child.communicate("go on\n", timeout=120)
+    assert child.returncode == 128 + number
+    assert "Interrupted at step 5 of 6. The same command continues" in said and "Traceback" not in said
+    assert CheckpointFolder(folder / "checkpoints", {}).latest_step() == 5
+    assert (folder / "metrics.csv").is_file()  # which closes the loggers
+    assert run("run.name=stopped") is not None
+    assert_same_run(folder, here / "runs" / "digits_loss")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(here, tiny):
+    with waiting(here, "training", *tiny, "run.name=stopped") as child:
+        child.send_signal(signal.SIGINT)
+        assert any("Ctrl-C now ends it at once" in line for line in child.stderr)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(120) == 130
+        assert "Interrupted. The same command continues" in (said := child.stderr.read()) and "Traceback" not in said
+    folder = here / "runs" / "stopped"
+    assert CheckpointFolder(folder / "checkpoints", {}).latest_step() == 4
+    assert (folder / "metrics.csv").is_file()
+
+
+@pytest.mark.parametrize("place", ["zoo", "evaluation"])
+def test_sigterm_elsewhere_ends_as_ctrl_c_does(here, tiny, place):
+    settings = {"zoo": ["zoo.path=fresh", "run.name=stopped"], "evaluation": ["test_only=true"]}[place]
+    with waiting(here, place, *tiny, *settings) as child:
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(120) == 143
+        assert "Interrupted. The same command continues" in (said := child.stderr.read()) and "Traceback" not in said
+    if place == "zoo":
+        assert finished_shards(here / "fresh") == [0] and not list((here / "fresh").glob("*.lock"))
 
 
 def test_a_zoo_that_changed_is_judged_alike_in_every_session(here, unmeasured, monkeypatch, run):
@@ -80,9 +181,8 @@ def test_two_processes_find_what_one_finds(here, tiny):
     shutil.rmtree(here / "zoos")  # both processes collect it again
     (here / "without_figures.py").write_text("import main; main.save_figures = lambda *_: {}; main.main()")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(main.__file__).parent)}
     call = [*launcher, "without_figures.py", *tiny, "test_only=true"]
-    ended = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(call, cwd=here, env=environment(), capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("evaluating: one update") == 1
     found = less_the_clock(json.loads(file.read_text()))

@@ -126,6 +126,10 @@ def test_an_interrupted_run_is_only_said_to_continue_where_it_does(monkeypatch, 
 
     assert "same command continues" in told() and "same command continues" in told("resume=never", "test_only=true")
     assert "begins another run beside this one; to continue this one, set run.name" in told("resume=never")
+    assert "same command continues" in told("resume=never", "collect_only=true")
+    assert "same command starts over" in told("dry_run=true")
+    for settings in ((), ("resume=never",)):
+        assert "trains the zoo again" in (said := told("zoo.store=false", *settings)) and "shards" not in said
 
 
 def test_users_see_messages_and_programmers_tracebacks(capsys):

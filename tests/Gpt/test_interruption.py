@@ -1,0 +1,109 @@
+"""Ctrl-C and SIGTERM: at once, or held back until the work inside has ended; afterwards as before."""
+
+import signal
+import threading
+from signal import SIGINT, SIGTERM
+
+import pytest
+
+from Gpt.interruption import SIGNALS, Interrupted, handled, held_back
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """The handlers of before are there again after every test, whatever it did."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_work_where_it_is(number):
+    with pytest.raises(Interrupted) as caught, handled():
+        signal.raise_signal(number)
+        pytest.fail("the work went on")
+    assert caught.value.number == number and str(caught.value) == ""
+    assert not isinstance(caught.value, Exception)  # as a tracker's failure is, which is passed over
+
+
+def test_what_is_cleaned_up_then_is_interrupted_by_ctrl_c_alone():
+    done = []
+    with pytest.raises(Interrupted) as caught, handled():
+        try:
+            signal.raise_signal(SIGTERM)
+        finally:
+            signal.raise_signal(SIGTERM)
+            done.append("the second SIGTERM")
+            signal.raise_signal(SIGINT)
+            done.append("Ctrl-C")
+    assert done == ["the second SIGTERM"] and caught.value.number == SIGINT
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_held_back_is_told_once_and_ends_what_follows(number, capfd):
+    done = []
+    with pytest.raises(Interrupted) as caught, handled():
+        with held_back() as signalled:
+            assert signalled() == 0
+            signal.raise_signal(number)
+            signal.raise_signal(SIGTERM)
+            done.append(signalled())
+        done.append("what follows")
+    assert done == [number] and caught.value.number == number
+    assert capfd.readouterr().err.count("the training ends after this step") == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ctrl_c_ends_at_once_what_is_ending(number):
+    with pytest.raises(Interrupted) as caught, handled(), held_back():
+        signal.raise_signal(number)
+        signal.raise_signal(SIGINT)
+        pytest.fail("the work went on")
+    assert caught.value.number == SIGINT
+
+
+def test_an_error_is_not_hidden_by_a_signal_that_was_held_back():
+    with pytest.raises(ZeroDivisionError), handled(), held_back():
+        signal.raise_signal(SIGTERM)
+        raise ZeroDivisionError
+
+
+def test_signals_are_held_back_no_longer_than_asked_for():
+    with pytest.raises(Interrupted), handled():
+        with held_back():
+            pass
+        signal.raise_signal(SIGTERM)
+        pytest.fail("the work went on")
+
+
+def test_without_handlers_python_does_as_it_does():
+    with pytest.raises(KeyboardInterrupt) as caught, held_back() as signalled:
+        assert signalled() == 0
+        signal.raise_signal(SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+
+
+def test_other_threads_leave_the_handlers_alone():
+    found = []
+
+    def work():
+        with handled(), held_back() as signalled:
+            found.extend([*map(signal.getsignal, SIGNALS), signalled()])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [*map(signal.getsignal, SIGNALS), 0]
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(Interrupted) as caught, handled(), held_back() as signalled:
+            signal.raise_signal(SIGINT)
+            assert signalled() == 0
+            signal.raise_signal(SIGTERM)
+            assert signalled() == SIGTERM
+        assert signal.getsignal(SIGINT) is signal.SIG_IGN and caught.value.number == SIGTERM
+    finally:
+        signal.signal(SIGINT, before)
