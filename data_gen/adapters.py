@@ -1,13 +1,13 @@
 """Adapter populations: many low-rank adapters of one frozen language model, trained in the same passes through it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data_gen.progress import Progress, iterations
 from data_gen.randomness import permuted, run_keys
 from Gpt.adapters.answers import Answers
 from Gpt.adapters.base import BaseModel, load_base
@@ -30,7 +30,7 @@ def train_adapter_population(
     snapshot_iterations: list[int],
     device: torch.device | str,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train R adapters, run r on the member of the task's family that is its own, and keep snapshots of all of them.
 
@@ -38,7 +38,7 @@ def train_adapter_population(
 
     Args:
         snapshot_iterations: increasing; 0 is the initialisation, i the adapter after i mini-batches.
-        progress: called with the number of new snapshots, as they are made.
+        progress: told of new snapshots as training goes on, see `data_gen.progress`.
 
     Returns:
         float32 weights on `device`, and the columns `<split>_loss` (nats a token of the answers) and `<split>_error`
@@ -71,7 +71,7 @@ def _train_group(
     run_ids: list[int],
     seed: int,
     snapshot_iterations: list[int],
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     family, _ = adapter_parts(task)
     members = family.member_of_runs(torch.tensor(run_ids))
@@ -82,13 +82,11 @@ def _train_group(
     loss = AnswerLoss(base, recipe.spec)
     snapshots: list[Tensor] = []
     metrics: dict[str, list[Tensor]] = {}
-    for iteration in range(snapshot_iterations[-1] + 1):
+    for iteration in iterations(snapshot_iterations, len(run_ids), progress):
         if iteration in snapshot_iterations:
             snapshots.append(weights.detach().clone())
             for name, values in measure(task, base, snapshots[-1], members).items():
                 metrics.setdefault(name, []).append(values)
-            if progress:
-                progress(len(run_ids))
         if iteration < snapshot_iterations[-1]:
             optimizer.param_groups[0]["lr"] = recipe.learning_rate * learning_rate_factor(iteration / recipe.iterations)
             optimizer.zero_grad()

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data_gen.adapters import train_adapter_population
 from data_gen.background import Background, background
 from data_gen.ppo import ACTOR_SIZE, train_ppo_population
+from data_gen.progress import Progress
 from data_gen.single import total_iterations_of, train_one_by_one
 from data_gen.vision import iterations_of, train_supervised_population
 from Gpt.data import shards, sources
@@ -112,9 +113,12 @@ def train_population(
     snapshot_iterations: list[int],
     device: torch.device | str,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train runs of the task's recipe, in memory and, if it allows, at once: what a zoo is made of, stored or streamed.
+
+    Args:
+        progress: told of new snapshots as training goes on, see `data_gen.progress`.
 
     Returns:
         float32 weights on `device` and the metric columns.
@@ -130,10 +134,7 @@ def train_population(
         )
     if isinstance(recipe, AdapterRecipe):
         return train_adapter_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
-    weights, metrics = train_ppo_population(task, recipe, run_ids, seed, snapshot_iterations, device)
-    if progress:
-        progress(len(run_ids) * len(snapshot_iterations))
-    return weights, metrics
+    return train_ppo_population(task, recipe, run_ids, seed, snapshot_iterations, device, progress=progress)
 
 
 def check_positive(**sizes: int) -> None:

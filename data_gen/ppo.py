@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from data_gen.progress import Progress, iterations
 from data_gen.randomness import random_words, run_keys
 from Gpt.environments import EPISODE_STEPS, CartPole
 from Gpt.errors import ConfigError
@@ -44,10 +45,15 @@ def train_ppo_population(
     seed: int,
     snapshot_iterations: list[int],
     device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train R agents and keep their actors at S iterations (0 is the initialisation).
 
     Training ends with the last snapshot; the learning rate still follows the recipe's full length.
+
+    Args:
+        progress: told of new snapshots as training goes on, see `data_gen.progress`.
 
     Returns:
         The actors as rows of 1,250 numbers in the order of `CartPoleActor.state_dict()`, on `device`, and the metrics
@@ -59,7 +65,7 @@ def train_ppo_population(
     check(recipe, snapshot_iterations)
     population = PpoPopulation(recipe, run_ids, seed, device)
     snapshots = []
-    for iteration in range(snapshot_iterations[-1] + 1):
+    for iteration in iterations(snapshot_iterations, len(run_ids), progress):
         if iteration in snapshot_iterations:
             snapshots.append(population.actors())
         if iteration < snapshot_iterations[-1]:

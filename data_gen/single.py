@@ -4,7 +4,7 @@ bfloat16 products and channels-last memory on CUDA devices; the data set and its
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from data_gen.images import WINDOWS, flip_crop, zero_padded
+from data_gen.progress import Progress, iterations
 from data_gen.vision import check_choices, iterations_of
 from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population as score_population
@@ -31,7 +32,7 @@ def train_one_by_one(
     snapshot_iterations: list[int],
     device: torch.device | str,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train R networks of a task and keep snapshots of each.
 
@@ -39,7 +40,7 @@ def train_one_by_one(
 
     Args:
         snapshot_iterations: increasing; 0 is the initialisation, i the weights after i mini-batches.
-        progress: called with the number of new snapshots, when a run is finished.
+        progress: told of new snapshots as training goes on, see `data_gen.progress`.
 
     Returns:
         float32 weights on `device`, and the columns that the task's test function gives for validation and test.
@@ -54,13 +55,11 @@ def train_one_by_one(
     device = torch.device(device)
     weights, metrics = [], []
     for run_id in run_ids:
-        weights.append(train_network(task, recipe, run_id, seed, snapshot_iterations, device))
+        weights.append(train_network(task, recipe, run_id, seed, snapshot_iterations, device, progress))
         found: dict[str, Tensor] = {}
         for split in ("validation", "test"):
             found |= score_population(task, weights[-1], split, device=device)
         metrics.append(found)
-        if progress:
-            progress(len(snapshot_iterations))
     return torch.stack(weights), {name: torch.stack([m[name] for m in metrics]) for name in metrics[0]}
 
 
@@ -70,7 +69,13 @@ def total_iterations_of(task: Task, recipe: SingleRecipe) -> int:
 
 
 def train_network(
-    task: Task, recipe: SingleRecipe, run_id: int, seed: int, keep: list[int], device: torch.device
+    task: Task,
+    recipe: SingleRecipe,
+    run_id: int,
+    seed: int,
+    keep: list[int],
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> Float[Tensor, "S D"]:
     """One run: its weights after each number of iterations in `keep`; see `train_one_by_one`."""
     check_choices(recipe)
@@ -80,11 +85,11 @@ def train_network(
     optimizer = _optimizer(net, recipe)
     kept: list[Tensor] = []
     with _own_random_state(device, derive_seed(seed, "random layers", run_id)):
-        for iteration in range(keep[-1] + 1):
+        for iteration in iterations(keep, 1, progress):
             if iteration == keep[len(kept)]:
                 kept.append(task.structure.flatten(net.state_dict()))
             if iteration == keep[-1]:
-                break
+                continue  # which ends the loop
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, iteration, annealed)
             inputs, labels = next(batches)

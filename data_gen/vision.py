@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data_gen.images import WINDOWS, StoredImages, flip_crop, zero_padded
+from data_gen.progress import Progress, iterations
 from data_gen.randomness import below, permuted, random_words, run_keys
 from Gpt.errors import ConfigError, DataError, TaskError
 from Gpt.evaluation.population import test_population as score_population
@@ -51,7 +52,7 @@ def train_supervised_population(
     device: torch.device | str,
     *,
     label_map: Int[Tensor, "R classes"] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     compile: bool | None = None,
 ) -> tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]:
     """Train R networks of a task at once and keep snapshots of all of them.
@@ -61,7 +62,7 @@ def train_supervised_population(
     Args:
         snapshot_iterations: increasing; 0 is the initialisation, i the weights after i mini-batches.
         label_map: run r is trained and measured on the labels `label_map[r, y]` instead of y.
-        progress: called with the number of new snapshots, as they are made.
+        progress: told of new snapshots as training goes on, see `data_gen.progress`.
         compile: whether to `torch.compile` the step; by default on CUDA devices only.
 
     Returns:
@@ -80,13 +81,11 @@ def train_supervised_population(
     column = {iteration: s for s, iteration in enumerate(snapshot_iterations)}
     weights = torch.empty(len(run_ids), len(column), task.structure.size, device=device)
     metrics: dict[str, list[Tensor]] = {}
-    for iteration in range(snapshot_iterations[-1] + 1):
+    for iteration in iterations(snapshot_iterations, len(run_ids), progress):
         if iteration in column:
             weights[:, column[iteration]] = state["weights"]
             for name, values in measure(task, state["weights"], label_map).items():
                 metrics.setdefault(name, []).append(values.to(device))
-            if progress:
-                progress(len(run_ids))
         if iteration < snapshot_iterations[-1]:
             step(state)
     return weights, {name: torch.stack(values, 1) for name, values in metrics.items()}

@@ -248,7 +248,9 @@ def test_a_run_does_not_depend_on_its_companions():
 
 
 def test_a_run_is_the_same_whatever_its_snapshots(task):
-    every, _ = train_ppo_population(task, SMALL, [0, 1], 0, [0, 1, 2])
+    told = []
+    every, _ = train_ppo_population(task, SMALL, [0, 1], 0, [0, 1, 2], progress=told.append)
+    assert told == [2, 2, 2]
     some, _ = train_ppo_population(task, SMALL, [0, 1], 0, [0, 1])
     torch.testing.assert_close(every[:, :2], some)
     initial = torch.stack([initial_parameters(0, run)[:ACTOR_SIZE] for run in (0, 1)])

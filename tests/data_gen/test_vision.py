@@ -228,10 +228,10 @@ def test_colour_images_without_augmentation_are_the_examples_drawn(task_of, monk
     assert inputs.stride(2) == 1  # channels last
 
 
-def test_progress_counts_snapshots(task_of):
+def test_progress_counts_snapshots_before_they_are_made(task_of):
     counts = []
     train(task_of(mlp), progress=counts.append)
-    assert counts == [3, 3, 3]
+    assert sum(counts) == 3 * 3 and len(counts) > 3
 
 
 def test_global_random_state_is_untouched(task_of):
