@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -216,6 +217,53 @@ def test_a_model_that_pools_otherwise_is_refused(folder):
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     with pytest.raises(ConfigError, match="mean-pooled"):
         text.SentenceEncoder(str(folder))
+
+
+def test_a_model_with_layers_after_its_pooling_is_refused(folder):
+    types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
+    modules = folder / "modules.json"
+    modules.write_text(json.dumps([{"type": name} for name in types]))
+    text.SentenceEncoder(str(folder))
+    modules.write_text(json.dumps([{"type": name} for name in [*types, "sentence_transformers.models.Dense"]]))
+    with pytest.raises(ConfigError, match="layers after its pooling \\(Dense\\)"):
+        text.SentenceEncoder(str(folder))
+
+
+def test_the_length_of_embeddings_is_read_off_the_models_files(folder):
+    encoder = text.SentenceEncoder(str(folder))
+    with pytest.raises(ConfigError, match="does not say how long its embeddings are"):
+        _ = encoder.features
+    (folder / "1_Pooling" / "config.json").write_text(
+        '{"pooling_mode_mean_tokens": true, "word_embedding_dimension": 40}'
+    )
+    assert encoder.features == 40
+    (folder / "config.json").write_text('{"hidden_size": 48}')
+    assert encoder.features == 48
+    (folder / "config.json").write_text('{"hidden_size"')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        _ = encoder.features
+
+
+def test_encoders_are_told_apart_by_name_and_weights_wherever_they_are(folder, tmp_path):
+    encoder = text.SentenceEncoder(str(folder))
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    assert text.SentenceEncoder(f"{moved}/").label == encoder.label == f"model-{encoder.identity[:8]}"
+    (moved / "model.safetensors").write_bytes(b"other weights")
+    assert text.SentenceEncoder(str(moved)).label.startswith("model-")
+    assert text.SentenceEncoder(str(moved)).label != encoder.label
+
+
+@pytest.mark.filterwarnings("default")  # warnings of transformers are not this project's
+def test_a_model_of_ones_own_embeds_in_its_own_length(encoder_folder):
+    folder = encoder_folder("small", 24)
+    encoder = text.SentenceEncoder(str(folder))
+    cats, dogs, long = encoder(["cats", "dogs", "cats " * 100])  # the model has places for 64 tokens
+    assert encoder.features == len(cats) == 24
+    torch.testing.assert_close(torch.stack([cats, dogs, long]).norm(dim=1), torch.ones(3))
+    assert not torch.allclose(cats, dogs, atol=1e-3)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="sentence encoder small-.*: transformers cannot load .*choose another"):
+        text.SentenceEncoder(str(folder))(["cats"])
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
