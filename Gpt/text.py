@@ -3,6 +3,7 @@
     encoder = SentenceEncoder(cache="embeddings.safetensors")
     reader = train_reader(encoder, "cifar10")
     reader.read("animals that cannot fly").mask
+    reader.read("cat dog bird").mask  # a plain list of names is read without either
 
 The encoder is optional (`pip install 'gpt-weights[text]'`); without it, prompts are masks.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from Gpt.checkpoint import save_tensors
 from Gpt.errors import CheckpointError, ConfigError, DataError
 from Gpt.seeds import derive_seed, rng
-from Gpt.vocabulary import WORDINGS, Sentence, compose, load_vocabulary, masks_of
+from Gpt.vocabulary import WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 from Gpt.vocabulary.grammar import Clause, clauses, evaluate, parse
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -401,10 +402,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class SentenceReader:
-    """An encoder and a head that together read sentences."""
+    """An encoder and a head that together read sentences, except plain lists of classes, whose names are known.
+
+    Attributes:
+        words: names the classes of the head.
+    """
 
     embed: Encoder
     head: TextHead
+    words: Vocabulary
 
     def read(self, sentence: str) -> Reading:
         """The classes that a sentence means; `Reading.fits` is False when it means none."""
@@ -413,13 +419,17 @@ class SentenceReader:
     @torch.no_grad()
     def read_all(self, sentences: Sequence[str]) -> list[Reading]:
         """As `read`, with one call of the encoder."""
-        expressions = [parse(sentence) for sentence in sentences]
-        texts = list(dict.fromkeys(text for expression in expressions for text in clauses(expression)))
+        lists = {sentence: self.words.listed(sentence) for sentence in sentences}
+        expressions = {sentence: parse(sentence) for sentence, mask in lists.items() if mask is None}
+        texts = list(dict.fromkeys(text for expression in expressions.values() for text in clauses(expression)))
         known = dict(zip(texts, self.head(self.embed(texts)), strict=True)) if texts else {}
         outputs = len(self.head.classes) + 1
         readings = []
-        for sentence, expression in zip(sentences, expressions, strict=True):
-            *_, fit = probabilities = evaluate(expression, known, outputs)
+        for sentence in sentences:
+            if (listed := lists[sentence]) is not None:
+                readings.append(Reading(sentence, self.head.classes, listed, listed.float(), True))
+                continue
+            *_, fit = probabilities = evaluate(expressions[sentence], known, outputs)
             mask = probabilities[:-1] > 0.5
             fits = bool(fit > 0.5) and bool(mask.any())
             readings.append(Reading(sentence, self.head.classes, mask & fits, probabilities[:-1], fits))
@@ -431,7 +441,7 @@ def train_reader(embed: Encoder, vocabulary: str = "cifar10", seed: int = 0) -> 
     `split_sentences`."""
     words = load_vocabulary(vocabulary)
     sentences = compose(words.names, words.attributes, WORDINGS, seed)
-    return SentenceReader(embed, train_text_head(embed, sentences, words.classes, seed=seed))
+    return SentenceReader(embed, train_text_head(embed, sentences, words.classes, seed=seed), words)
 
 
 @dataclass(frozen=True)

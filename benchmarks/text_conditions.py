@@ -38,7 +38,7 @@ def splits_table(name: str, encoder: SentenceEncoder, seed: int) -> list[str]:
     vocabulary = load_vocabulary(name)
     splits = split_sentences(vocabulary, seed)
     head = train_text_head(encoder, splits["train"], vocabulary.classes, seed=seed)
-    reader = SentenceReader(encoder, head)
+    reader = SentenceReader(encoder, head, vocabulary)
     rows = []
     for split, sentences in splits.items():
         if split != "train":

@@ -24,7 +24,7 @@ from Gpt.run.experiment import Experiment
 from Gpt.run.folder import create_folder
 from Gpt.seeds import rng
 from Gpt.text import SentenceReader, TextHead
-from Gpt.vocabulary import CLASSES
+from Gpt.vocabulary import CLASSES, load_vocabulary
 from playground import PlaygroundConfig, Wish, play, split_arguments
 
 ROOT = Path(playground.__file__).parent
@@ -335,7 +335,7 @@ def keyword_reader(embed, vocabulary):
             layer.bias.zero_()
         head.members[0][6].weight.copy_(10 * torch.cat([torch.eye(10), torch.ones(1, 10)]))
         head.members[0][6].bias.fill_(-5)
-    return SentenceReader(embed, head)
+    return SentenceReader(embed, head, load_vocabulary(vocabulary))
 
 
 def test_a_sentence_is_read_once_trained_and_written_for(masked, monkeypatch, capsys):
@@ -382,7 +382,8 @@ def test_a_generator_that_knows_sentences_is_handed_the_sentence(masked, monkeyp
 
 def untrained_reader(embed, vocabulary):
     """Reads by chance."""
-    return SentenceReader(embed, TextHead(CLASSES[vocabulary], features=embed.features, hidden=4).eval())
+    head = TextHead(CLASSES[vocabulary], features=embed.features, hidden=4).eval()
+    return SentenceReader(embed, head, load_vocabulary(vocabulary))
 
 
 @pytest.mark.filterwarnings("default")  # warnings of transformers are not this project's

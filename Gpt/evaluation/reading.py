@@ -7,7 +7,7 @@ from torch import Tensor
 from Gpt.descriptions import Descriptions, wordings
 from Gpt.errors import CheckpointError
 from Gpt.text import SentenceEncoder, SentenceReader, TextHead, train_reader, train_text_head
-from Gpt.vocabulary import compose
+from Gpt.vocabulary import compose, load_vocabulary
 
 
 def kept_reader(vocabulary: str, encoder: SentenceEncoder) -> SentenceReader:
@@ -21,7 +21,7 @@ def kept_reader(vocabulary: str, encoder: SentenceEncoder) -> SentenceReader:
     file = encoder.cache_file and encoder.cache_file.with_name(f"{vocabulary}.safetensors")
     if file and file.is_file():
         try:
-            return SentenceReader(encoder, TextHead.load(file, encoder.identity))
+            return SentenceReader(encoder, TextHead.load(file, encoder.identity), load_vocabulary(vocabulary))
         except CheckpointError as error:
             print(error, flush=True)
     print(f"learning to read sentences about {vocabulary}, once …", flush=True)
@@ -37,7 +37,7 @@ def heard(descriptions: Descriptions, masks: Bool[Tensor, "masks classes"]) -> B
     finds that a sentence fits none."""
     words = descriptions.vocabulary
     learned = compose(words.names, words.attributes, wordings("train"), seed=0)
-    reader = SentenceReader(descriptions.embed, train_text_head(descriptions.embed, learned, words.classes))
+    reader = SentenceReader(descriptions.embed, train_text_head(descriptions.embed, learned, words.classes), words)
     sentences = [descriptions.sentences(mask, "test") for mask in masks]
     readings = reader.read_all([sentence for group in sentences for sentence in group])
     return torch.stack([reading.mask for reading in readings]).unflatten(0, (len(masks), -1))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from Gpt import text
 from Gpt.errors import CheckpointError, ConfigError, DataError, UserError
 from Gpt.seeds import rng
-from Gpt.vocabulary import CLASSES, WORDINGS, Sentence, compose, load_vocabulary, masks_of
+from Gpt.vocabulary import CLASSES, WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 
 
 def bag_of_words(sentences):
@@ -36,7 +36,7 @@ def sentences():
 @pytest.fixture(scope="module")
 def reader(sentences):
     head = text.train_text_head(bag_of_words, sentences, CLASSES["cifar10"], steps=250)
-    return text.SentenceReader(bag_of_words, head)
+    return text.SentenceReader(bag_of_words, head, load_vocabulary("cifar10"))
 
 
 def test_the_head_learns_its_sentences(reader, sentences):
@@ -59,6 +59,26 @@ def test_sentences_are_read_clause_by_clause(reader, sentence, names):
     reading = reader.read(sentence)
     assert reading.fits and reading.names == names
     assert torch.equal(reading.require(), reading.mask)
+
+
+def test_lists_of_names_are_read_without_the_head(reader):
+    def embed(sentences):
+        raise AssertionError(f"{sentences} were embedded")
+
+    blind = text.SentenceReader(embed, reader.head, reader.words)
+    first, second = blind.read_all(["dog cat bird", "Ships, trucks and ships"])
+    assert first.names == ["bird", "cat", "dog"] and second.names == ["ship", "truck"]
+    assert first.fits and first.unsure == [] and torch.equal(first.probabilities, first.mask.float())
+    with pytest.raises(AssertionError, match="'mammals'"):
+        blind.read_all(["dog cat bird", "mammals"])
+
+
+def test_other_sentences_are_read_as_if_no_name_were_known(reader, monkeypatch):
+    sentences = ["find all cats", "everything except cats", "vehicles but not airplanes", "mammals", "cats or dogs", ""]
+    found = reader.read_all(sentences)
+    monkeypatch.setattr(Vocabulary, "listed", lambda *_: None)
+    for reading, before in zip(found, reader.read_all(sentences), strict=True):
+        assert torch.equal(reading.probabilities, before.probabilities) and reading.fits == before.fits
 
 
 @pytest.mark.parametrize("sentence", ["musical instruments", "find all guitars", "cats except cats"])
@@ -141,7 +161,7 @@ def test_accuracy_counts_decisions_masks_and_rejections():
     class FixedReader(text.SentenceReader):
         read_all = Fixed.read_all
 
-    reader = FixedReader(bag_of_words, text.TextHead(("a", "b"), 128))
+    reader = FixedReader(bag_of_words, text.TextHead(("a", "b"), 128), load_vocabulary("cifar10"))
     accuracy = text.reading_accuracy(reader, [Sentence("x", (True, False)), Sentence("y", (False, False))])
     assert (accuracy.decisions, accuracy.masks, accuracy.rejections) == (50, 50, 50)
 
