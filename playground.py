@@ -268,7 +268,7 @@ def asked_classes(experiment: Experiment, config: PlaygroundConfig) -> tuple[Boo
     if config.prompt is not None:
         if task.vocabulary is None:
             raise ConfigError(f"task {task.name!r} has no vocabulary for sentences; give mask=…")
-        reader = kept_reader(task.vocabulary, experiment.folder / "text")
+        reader = kept_reader(task.vocabulary, experiment.encoder)
         reading = reader.read(config.prompt)
         mask = reading.require()
         sure = ", ".join(f"{name} {p:.2f}" for name, p in zip(names, reading.probabilities.tolist(), strict=True))

@@ -61,11 +61,17 @@ class TrainingState:
 
 
 class CheckpointFolder:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    Args:
+        identity: what the run's generator is; checkpoints of another are refused.
+        former: that part of an identity which checkpoints of earlier versions do not mention, and had.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], former: dict[str, Any] | None = None):
         self.folder = folder
         self.identity = identity
+        self.former = former or {}
 
     def save(self, state: TrainingState, model: Stateful, ema: Stateful, optimizer: Stateful) -> None:
         """Write a complete checkpoint, make it and the best weights the ones to use, and only then remove older ones.
@@ -135,10 +141,11 @@ class CheckpointFolder:
 
     def _facts(self, name: str) -> dict[str, Any]:
         facts = read_json(self.folder / name / "facts.json")
+        stored = self.former | facts["identity"]
         for key, value in self.identity.items():
-            if facts["identity"].get(key) != value:
+            if stored.get(key) != value:
                 raise CheckpointError(
-                    f"the checkpoint in {self.folder} has {key} {facts['identity'].get(key)!r}, this run has "
+                    f"the checkpoint in {self.folder} has {key} {stored.get(key)!r}, this run has "
                     f"{value!r}; choose another run.name, or the configuration it was trained with"
                 )
         return facts

@@ -7,7 +7,7 @@ several conditions are added.
     name            prompt tensor    meaning
     target_metric   [B, 2]           (metric of the start, wanted metric), plain units of the task
     class_mask      [B, classes]     1 for the classes that count as positive
-    text            [B, features]    sentence embedding
+    text            [B, features]    sentence embedding, as long as the run's sentence encoder has it
 """
 
 import math
@@ -112,7 +112,7 @@ class ClassMask(Features):
 
 
 PROMPT_FEATURES = {"target_metric": 2, "class_mask": 10, "text": 384}
-"""Size of each condition's prompt tensor: (start, wanted) metric; classes; sentence embedding."""
+"""Size of each condition's prompt tensor: (start, wanted) metric; classes; embedding by the default encoder."""
 
 
 class Conditions(nn.Module):
@@ -168,8 +168,11 @@ class Conditions(nn.Module):
         return total
 
 
-def prompt_features(names: tuple[str, ...]) -> dict[str, int]:
+def prompt_features(names: tuple[str, ...], text: int = PROMPT_FEATURES["text"]) -> dict[str, int]:
     """Size of each named condition's prompt tensor.
+
+    Args:
+        text: length of a sentence embedding.
 
     Raises:
         ConfigError: there is no such condition; names the nearest.
@@ -177,4 +180,5 @@ def prompt_features(names: tuple[str, ...]) -> dict[str, int]:
     for name in names:
         if name not in PROMPT_FEATURES:
             raise ConfigError(f"condition.names: there is no condition {name!r}; {nearest(name, PROMPT_FEATURES)}")
-    return {name: PROMPT_FEATURES[name] for name in names}
+    known = PROMPT_FEATURES | {"text": text}
+    return {name: known[name] for name in names}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
@@ -11,6 +12,7 @@ from Gpt.distillation import DistillationConfig
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.judge import EvaluationConfig
 from Gpt.report.logger import LoggerConfig
+from Gpt.text import DEFAULT_MODEL
 from Gpt.training import TrainerConfig
 
 
@@ -94,10 +96,14 @@ class ConditionConfig:
         names: of `Gpt.conditions`; empty for an unconditional generator.
         dropout: share of training examples that leave all conditions out, for guidance, and, where there are several,
             each of them on its own.
+        encoder: embeds sentences about class masks, in training and wherever a mask is said in words: the packaged
+            all-MiniLM-L6-v2, the folder of another mean-pooled sentence-transformers model, or the name of one in the
+            local Hugging Face cache. (What reads the prompts of adapters is a setting of their family.)
     """
 
     names: tuple[str, ...] = ("target_metric",)
     dropout: float = 0.1
+    encoder: str = DEFAULT_MODEL
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,10 @@ class RunConfig:
         where = ("path", "shard_runs", "storage", "store", *(() if self.zoo.refresh_every else ("population",)))
         for key in where:
             del settings["zoo"][key]
+        if "text" in self.condition.names:  # the model that embeds the prompts, wherever it is stored
+            settings["condition"]["encoder"] = Path(self.condition.encoder).name
+        else:
+            del settings["condition"]["encoder"]
         return settings
 
 

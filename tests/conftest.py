@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -75,3 +76,27 @@ def graph_compiler(compiler, monkeypatch):
     """As `compiler`, for networks of many layers: their graphs are captured and differentiated as for a GPU, but not
     turned into C++, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture
+def encoder_folder(tmp_path) -> Callable[[str, int], Path]:
+    """`(name, features, seed=0)`: the folder of a sentence encoder of one random layer, whose words are characters."""
+    transformers = pytest.importorskip("transformers")
+
+    def save(name: str, features: int, seed: int = 0) -> Path:
+        folder, characters = tmp_path / name, "abcdefghijklmnopqrstuvwxyz0123456789"
+        folder.mkdir(parents=True, exist_ok=True)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
+        (folder / "vocab.txt").write_text("\n".join(words))
+        tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+        shape = transformers.BertConfig(
+            vocab_size=len(words), hidden_size=features, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8, max_position_embeddings=64,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformers.BertModel(shape).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

@@ -36,6 +36,7 @@ from Gpt.report.trackers import check_installed
 from Gpt.run.experiment import Experiment
 from Gpt.run.folder import choose_folder, open_folder
 from Gpt.seeds import derive_seed, rng
+from Gpt.text import SentenceEncoder
 
 RUNS, SNAPSHOTS, ITERATIONS, NETWORKS, SAMPLING_STEPS = 2, 2, 2, 2, 2  # what is tried in place of the real thing
 EXAMPLES = 16  # of a batch, on a CPU; on a GPU all that are differentiated at a time, for which memory might not do
@@ -172,6 +173,11 @@ class Rehearsal(Experiment):
         first = sum(self.held_out)
         schedule = snapshot_schedule(min(ITERATIONS, self.iterations[-1]), snapshots, settings.spacing)
         return train_population(self.task, list(range(first, first + RUNS)), settings.seed, schedule, self.device)
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder:
+        """The run's, without a file for what it embeds."""
+        return SentenceEncoder(self.config.condition.encoder, device=self.device)
 
     @cached_property
     def batch(self) -> Batch:

@@ -18,6 +18,7 @@ from data_gen.memory import Stream, Trained, collect_in_memory
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
 from Gpt.checkpoint import CheckpointFolder
+from Gpt.conditions import PROMPT_FEATURES
 from Gpt.config import RunConfig, checked
 from Gpt.data import sources
 from Gpt.data.adapter_batches import AdapterBatchSampler
@@ -39,7 +40,7 @@ from Gpt.recipes import Recipe
 from Gpt.report.trackers import check_installed
 from Gpt.seeds import rng
 from Gpt.tasks import Task, get_task, load_task_modules
-from Gpt.text import SentenceEncoder, find_model
+from Gpt.text import DEFAULT_MODEL, SentenceEncoder, find_model
 from Gpt.training import Sampler, mixed_precision
 from rpg.registry import build_generator
 
@@ -87,6 +88,11 @@ class Experiment:
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task, self.device)
         check_conditions(task, self.config.condition.names)
+        if self.config.condition.encoder != DEFAULT_MODEL and not isinstance(task.family, MaskSplit):
+            own = "its prompts are read by the encoder of its family" if task.family else "it is told no sentences"
+            raise ConfigError(
+                f"condition.encoder={self.config.condition.encoder}: task {task.name!r}: {own}; leave it out"
+            )
         if task.family:
             masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
             members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
@@ -97,7 +103,7 @@ class Experiment:
                 )
             hashed = isinstance(task.family, AdapterFamily) and task.family.encoder == "hash"
             if "text" in names and not hashed:
-                find_model()  # before anything is collected
+                find_model(self.config.condition.encoder)  # before anything is collected
         changes = self.config.zoo.recipe
         return task.with_recipe(changed_recipe(task, changes)) if changes else task
 
@@ -205,7 +211,8 @@ class Experiment:
     @cached_property
     def generator(self) -> Generator:
         """The untrained generator; its parameters are a function of the seed."""
-        generator = build_generator(self.config, self.task.structure).to(self.device)
+        features = self.encoder.features if self.is_told_in_words else PROMPT_FEATURES["text"]
+        generator = build_generator(self.config, self.task.structure, features).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
         if self.config.distillation.weight:
             if not generator.distils:
@@ -223,7 +230,13 @@ class Experiment:
             "generator": self.config.generator,
             "conditions": list(self.config.condition.names),
         }
-        return CheckpointFolder(self.folder / "checkpoints", json.loads(json.dumps(identity)))
+        former = {}
+        if self.is_told_in_words:
+            key, label = "condition.encoder", self.encoder.label
+            identity[key] = label
+            # Earlier versions knew one encoder, and not its digest.
+            former[key] = label if Path(self.config.condition.encoder).name == DEFAULT_MODEL else DEFAULT_MODEL
+        return CheckpointFolder(self.folder / "checkpoints", json.loads(json.dumps(identity)), former)
 
     def sampler(self, split: str) -> Sampler:
         """Draws batches from one split of the zoo."""
@@ -242,15 +255,27 @@ class Experiment:
             descriptions=self.descriptions,
         )
 
+    @property
+    def is_told_in_words(self) -> bool:
+        """Whether the generator is prompted with sentences about class masks."""
+        return "text" in self.config.condition.names and isinstance(self.task.family, MaskSplit)
+
+    @cached_property
+    def encoder(self) -> SentenceEncoder:
+        """What embeds sentences about class masks. Embeddings are kept in the run folder, each encoder's in a folder of
+        their own: a run that is told masks in bits may be asked in words by any of them."""
+        encoder = SentenceEncoder(self.config.condition.encoder, device=self.device)
+        encoder.keep(self.folder / "text" / encoder.label / "embeddings.safetensors")
+        return encoder
+
     @cached_property
     def descriptions(self) -> Descriptions | None:
         """Sentences for the class masks of a family, for a generator that is prompted with text."""
-        if "text" not in self.config.condition.names or not isinstance(self.task.family, MaskSplit):
+        if not self.is_told_in_words:
             return None
         if self.task.vocabulary is None:
             raise ConfigError(f"condition text: task {self.task.name!r} has no vocabulary; add its key 'vocabulary'")
-        cache = self.folder / "text" / "embeddings.safetensors"
-        return Descriptions(self.task.vocabulary, SentenceEncoder(cache=cache, device=self.device))
+        return Descriptions(self.task.vocabulary, self.encoder)
 
     def trained(self) -> Generator:
         """The generator with its best weights, or with the published ones of `resume_path`."""
@@ -284,6 +309,8 @@ class Experiment:
         """
         judging, config, task = self.judging, self.config, self.task
         judging.check(config.evaluation, task, config.condition.names)
+        if config.condition.encoder != DEFAULT_MODEL:
+            find_model(config.condition.encoder)  # also of a run that is told masks in bits, and later asked in words
         read = judging.splits if config.test_only else judging.splits | {"validation"}
         for split, runs in zip(("test", "validation"), self.held_out, strict=True):
             if split in read and runs < 1:

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from Gpt.checkpoint import read_json, write_json
-from Gpt.config import RunConfig, checked
+from Gpt.config import ConditionConfig, RunConfig, checked
 from Gpt.distributed import on_first_process
 from Gpt.errors import CheckpointError, ConfigError
 
@@ -42,7 +42,7 @@ def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"test_only: there is no trained run in {folder}; train it first, or set run.name")
     if not trained or not (folder / "config.json").is_file():
         return {}
-    different = list(_differences(read_json(folder / "config.json"), _settings(config)))
+    different = list(_differences(_begun_with(folder), _settings(config)))
     if different:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(different[:5])}). "
@@ -98,6 +98,15 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The settings that trained weights depend on, as JSON gives them back."""
     return json.loads(json.dumps(config.training_settings()))
+
+
+def _begun_with(folder: Path) -> dict[str, Any]:
+    """The `_settings` of the run in a folder; one from before encoders could be chosen was told by the default one."""
+    settings = read_json(folder / "config.json")
+    condition = settings.get("condition", {})
+    if "text" in condition.get("names", ()):
+        condition.setdefault("encoder", ConditionConfig().encoder)
+    return settings
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -14,8 +14,10 @@ mask that set algebra gives:
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -91,6 +93,34 @@ class Vocabulary:
         """For every class, the attribute that lists its names: the first row with that class alone."""
         singles = [tuple(i == k for i in range(len(self.classes))) for k in range(len(self.classes))]
         return tuple(next(a for a in self.attributes if a.mask == single) for single in singles)
+
+    @cached_property
+    def _singles(self) -> dict[str, int]:
+        """What a class is called in a list, and its number: its own name and those of its attribute, also without the
+        plural's s."""
+        found: dict[str, int] = {}
+        for number, (name, attribute) in enumerate(zip(self.classes, self.names, strict=True)):
+            for phrase in (name, *(phrase.lower() for phrase in attribute.phrases)):
+                found |= {phrase: number, phrase.removesuffix("s"): number}
+        return found
+
+    @cached_property
+    def _next_listed(self) -> re.Pattern[str]:
+        """A name, the longest that fits, and what parts it from the next one."""
+        names = "|".join(re.escape(name) for name in sorted(self._singles, key=len, reverse=True))
+        return re.compile(rf"(?P<name>{names})(?:(?: ?, ?| )(?:and )?|\Z)")
+
+    def listed(self, sentence: str) -> Bool[Tensor, " classes"] | None:
+        """The classes of a sentence that is a plain list of their names, parted by blanks, commas or "and"; None if it
+        says anything else."""
+        text, place = re.sub(r"[.!?\s]+$", "", " ".join(sentence.lower().split())), 0
+        mask = torch.zeros(len(self.classes), dtype=torch.bool)
+        while match := self._next_listed.match(text, place):
+            mask[self._singles[match["name"]]] = True
+            place = match.end()
+            if place == len(text):
+                return mask
+        return None
 
     def describe(self, mask: Bool[Tensor, " classes"], seed: int, wordings: Sequence[str] | None = None) -> str:
         """A sentence for any mask but the empty one: an attribute of exactly these classes where there is one, else

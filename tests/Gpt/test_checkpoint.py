@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, of this run or refused, and readable without running anything."""
 
+import contextlib
 import errno
 import json
 import resource
@@ -147,6 +148,18 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, key, value)
             load()
         for part in (key, repr(IDENTITY[key]), repr(value), "run.name"):
             assert part in str(caught.value)
+
+
+def test_what_earlier_checkpoints_do_not_mention_is_what_they_had(tmp_path):
+    save(tmp_path, 100, seed=1)
+    for encoder, former, opens in (("a", "a", True), ("b", "a", False), ("b", None, False)):
+        asked = CheckpointFolder(tmp_path, IDENTITY | {"encoder": encoder}, {"encoder": former} if former else None)
+        refused = pytest.raises(CheckpointError, match=f"has encoder {former!r}, .*'b'")
+        with contextlib.nullcontext() if opens else refused:
+            assert asked.latest_step() == 100
+    save(tmp_path, 100, seed=1, identity=IDENTITY | {"encoder": "b"})
+    with pytest.raises(CheckpointError, match="has encoder 'b', this run has 'a'"):
+        CheckpointFolder(tmp_path, IDENTITY | {"encoder": "a"}, {"encoder": "a"}).latest_step()
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

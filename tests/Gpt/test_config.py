@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
-from Gpt.config import DataConfig, RunConfig, checked
+from Gpt.config import ConditionConfig, DataConfig, RunConfig, checked
 from Gpt.errors import ConfigError
 
 
@@ -63,3 +63,12 @@ def test_training_settings_hold_what_weights_depend_on_and_nothing_else():
     changes = {"zoo": replace(config.zoo, runs=7), "trainer": replace(config.trainer, steps=7)}
     for change in ({"seed": 1}, {"data": DataConfig(examples=9)}, *({key: value} for key, value in changes.items())):
         assert replace(config, **change).training_settings() != settings
+
+
+def test_weights_depend_on_the_encoder_of_their_prompts_wherever_it_is():
+    def settings(names, encoder):
+        return RunConfig(condition=ConditionConfig(names, encoder=encoder)).training_settings()
+
+    assert settings(("text",), "models/small") == settings(("text",), "elsewhere/small/")
+    assert settings(("text",), "models/small") != settings(("text",), "models/wide")
+    assert settings(("class_mask",), "models/small") == settings(("class_mask",), "models/wide")

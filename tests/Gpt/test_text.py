@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from Gpt import text
 from Gpt.errors import CheckpointError, ConfigError, DataError, UserError
 from Gpt.seeds import rng
-from Gpt.vocabulary import CLASSES, WORDINGS, Sentence, compose, load_vocabulary, masks_of
+from Gpt.vocabulary import CLASSES, WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 
 
 def bag_of_words(sentences):
@@ -35,7 +36,7 @@ def sentences():
 @pytest.fixture(scope="module")
 def reader(sentences):
     head = text.train_text_head(bag_of_words, sentences, CLASSES["cifar10"], steps=250)
-    return text.SentenceReader(bag_of_words, head)
+    return text.SentenceReader(bag_of_words, head, load_vocabulary("cifar10"))
 
 
 def test_the_head_learns_its_sentences(reader, sentences):
@@ -58,6 +59,26 @@ def test_sentences_are_read_clause_by_clause(reader, sentence, names):
     reading = reader.read(sentence)
     assert reading.fits and reading.names == names
     assert torch.equal(reading.require(), reading.mask)
+
+
+def test_lists_of_names_are_read_without_the_head(reader):
+    def embed(sentences):
+        raise AssertionError(f"{sentences} were embedded")
+
+    blind = text.SentenceReader(embed, reader.head, reader.words)
+    first, second = blind.read_all(["dog cat bird", "Ships, trucks and ships"])
+    assert first.names == ["bird", "cat", "dog"] and second.names == ["ship", "truck"]
+    assert first.fits and first.unsure == [] and torch.equal(first.probabilities, first.mask.float())
+    with pytest.raises(AssertionError, match="'mammals'"):
+        blind.read_all(["dog cat bird", "mammals"])
+
+
+def test_other_sentences_are_read_as_if_no_name_were_known(reader, monkeypatch):
+    sentences = ["find all cats", "everything except cats", "vehicles but not airplanes", "mammals", "cats or dogs", ""]
+    found = reader.read_all(sentences)
+    monkeypatch.setattr(Vocabulary, "listed", lambda *_: None)
+    for reading, before in zip(found, reader.read_all(sentences), strict=True):
+        assert torch.equal(reading.probabilities, before.probabilities) and reading.fits == before.fits
 
 
 @pytest.mark.parametrize("sentence", ["musical instruments", "find all guitars", "cats except cats"])
@@ -140,7 +161,7 @@ def test_accuracy_counts_decisions_masks_and_rejections():
     class FixedReader(text.SentenceReader):
         read_all = Fixed.read_all
 
-    reader = FixedReader(bag_of_words, text.TextHead(("a", "b"), 128))
+    reader = FixedReader(bag_of_words, text.TextHead(("a", "b"), 128), load_vocabulary("cifar10"))
     accuracy = text.reading_accuracy(reader, [Sentence("x", (True, False)), Sentence("y", (False, False))])
     assert (accuracy.decisions, accuracy.masks, accuracy.rejections) == (50, 50, 50)
 
@@ -216,6 +237,53 @@ def test_a_model_that_pools_otherwise_is_refused(folder):
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     with pytest.raises(ConfigError, match="mean-pooled"):
         text.SentenceEncoder(str(folder))
+
+
+def test_a_model_with_layers_after_its_pooling_is_refused(folder):
+    types = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
+    modules = folder / "modules.json"
+    modules.write_text(json.dumps([{"type": name} for name in types]))
+    text.SentenceEncoder(str(folder))
+    modules.write_text(json.dumps([{"type": name} for name in [*types, "sentence_transformers.models.Dense"]]))
+    with pytest.raises(ConfigError, match="layers after its pooling \\(Dense\\)"):
+        text.SentenceEncoder(str(folder))
+
+
+def test_the_length_of_embeddings_is_read_off_the_models_files(folder):
+    encoder = text.SentenceEncoder(str(folder))
+    with pytest.raises(ConfigError, match="does not say how long its embeddings are"):
+        _ = encoder.features
+    (folder / "1_Pooling" / "config.json").write_text(
+        '{"pooling_mode_mean_tokens": true, "word_embedding_dimension": 40}'
+    )
+    assert encoder.features == 40
+    (folder / "config.json").write_text('{"hidden_size": 48}')
+    assert encoder.features == 48
+    (folder / "config.json").write_text('{"hidden_size"')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        _ = encoder.features
+
+
+def test_encoders_are_told_apart_by_name_and_weights_wherever_they_are(folder, tmp_path):
+    encoder = text.SentenceEncoder(str(folder))
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "model")
+    assert text.SentenceEncoder(f"{moved}/").label == encoder.label == f"model-{encoder.identity[:8]}"
+    (moved / "model.safetensors").write_bytes(b"other weights")
+    assert text.SentenceEncoder(str(moved)).label.startswith("model-")
+    assert text.SentenceEncoder(str(moved)).label != encoder.label
+
+
+@pytest.mark.filterwarnings("default")  # warnings of transformers are not this project's
+def test_a_model_of_ones_own_embeds_in_its_own_length(encoder_folder):
+    folder = encoder_folder("small", 24)
+    encoder = text.SentenceEncoder(str(folder))
+    cats, dogs, long = encoder(["cats", "dogs", "cats " * 100])  # the model has places for 64 tokens
+    assert encoder.features == len(cats) == 24
+    torch.testing.assert_close(torch.stack([cats, dogs, long]).norm(dim=1), torch.ones(3))
+    assert not torch.allclose(cats, dogs, atol=1e-3)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="sentence encoder small-.*: transformers cannot load .*choose another"):
+        text.SentenceEncoder(str(folder))(["cats"])
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):

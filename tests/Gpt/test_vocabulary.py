@@ -1,6 +1,7 @@
 """Vocabularies: tables against arithmetic, sentences against set algebra, and splits that keep what they hold out."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -175,6 +176,60 @@ def test_descriptions_use_attributes_and_names(tiny):
     assert tiny.describe(torch.tensor([True, True, False]), 3) == texts[3]
     with pytest.raises(ConfigError, match="at least one class"):
         tiny.describe(torch.tensor([False, False, False]), 0)
+
+
+@pytest.mark.parametrize("name", vocabulary.CLASSES)
+def test_a_list_of_names_is_exactly_these_classes_however_they_are_parted(name):
+    words, draw = vocabulary.load_vocabulary(name), random.Random(0)
+    called = [(c, *(p for p in a.phrases if p)) for c, a in zip(words.classes, words.names, strict=True)]
+    separators = (" ", ", ", ",", " , ", " and ", ", and ", "  ", "\n")
+    for _ in range(300):
+        chosen = draw.sample(range(10), draw.randint(1, 10))
+        parts = [draw.choice(called[k]) + draw.choice(separators) for k in chosen]
+        text = (
+            draw.choice(("", " ")) + "".join(parts[:-1]) + draw.choice(called[chosen[-1]]) + draw.choice(("", ".", " "))
+        )
+        found = words.listed(draw.choice((text, text.upper(), text.title())))
+        assert found is not None and found.nonzero().flatten().tolist() == sorted(chosen), text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "classes"),
+    [
+        ("digits", "0 2 4", ["zero", "two", "four"]),
+        ("digits", "4, 4, zero and 2", ["zero", "two", "four"]),
+        ("digits", "the digit 3 the digit 5", ["three", "five"]),
+        ("cifar10", "cat dog bird", ["bird", "cat", "dog"]),
+        ("cifar10", "Car, plane and fire engine.", ["airplane", "automobile", "truck"]),
+        ("cifar10", "elk and moose", ["deer"]),
+        ("cifar10", "house cats tree frogs", ["cat", "frog"]),
+    ],
+)
+def test_lists_as_people_write_them(name, text, classes):
+    words = vocabulary.load_vocabulary(name)
+    assert [c for c, inside in zip(words.classes, words.listed(text).tolist(), strict=True) if inside] == classes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", ",", "and", "cat and", ", cat", "cat,, dog", "cat or dog", "cat but not dog", "not cat", "no cats",
+        "all cats", "find cat dog", "cat dog unicorn", "cats that purr", "catdog", "bobcat", "cat-dog",
+        "cat and and dog", "everything except cats, dogs", "animals", "flying animals", "7",
+    ],
+)  # fmt: skip
+def test_what_says_more_or_less_than_names_is_no_list(text):
+    assert vocabulary.load_vocabulary("cifar10").listed(text) is None
+
+
+@pytest.mark.parametrize("name", vocabulary.CLASSES)
+def test_no_composed_sentence_is_taken_for_another_list(name):
+    words = vocabulary.load_vocabulary(name)
+    sentences = vocabulary.compose(words.names, words.attributes, vocabulary.WORDINGS, 0)
+    found = [(words.listed(sentence.text), sentence) for sentence in sentences]
+    lists = [(tuple(mask.tolist()), sentence) for mask, sentence in found if mask is not None]
+    assert [sentence.text for mask, sentence in lists if mask != sentence.mask] == []
+    assert 50 < len(lists) < len(sentences) / 4
 
 
 ALL = Everything()

@@ -71,6 +71,15 @@ def test_published_sentences_in_the_vocabularys_own_words_are_told_from_the_othe
     assert found.tolist() == [True, False]
 
 
+def test_sentences_are_embedded_by_the_encoder_that_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(text_conditions, "SentenceEncoder", lambda model, cache: (model, cache))
+    monkeypatch.setattr(text_conditions, "splits_table", lambda vocabulary, encoder, seed: [str(encoder)])
+    for arguments, model in (([], "all-MiniLM-L6-v2"), (["--encoder", "models/small"], "models/small")):
+        monkeypatch.setattr("sys.argv", ["text_conditions", *arguments])
+        text_conditions.main()
+        assert capsys.readouterr().out.endswith(f"('{model}', None)\n")
+
+
 def test_a_folder_without_a_run_names_the_command_that_trains_one(tmp_path):
     with pytest.raises(CheckpointError, match="--config-name cifar10_mask_rpg"):
         text_conditions.trained_run(tmp_path / "none", "cpu", None)

@@ -54,6 +54,9 @@ def test_conditions_are_those_that_are_named(structure):
     conditions = build_generator(config, structure).conditions
     assert list(conditions.encoders) == ["class_mask", "text"]
     assert conditions.dropout == 0.25
+    assert [encoder.features for encoder in conditions.encoders.values()] == [10, 384]
+    longer = build_generator(config, structure, text=768).conditions
+    assert [encoder.features for encoder in longer.encoders.values()] == [10, 768]
 
 
 def test_unknown_names_are_told_with_the_nearest(structure):

@@ -9,7 +9,8 @@ from Gpt.descriptions import SENTENCES, Descriptions
 from Gpt.evaluation import reading
 from Gpt.evaluation.reading import heard, kept_reader
 from Gpt.masks import all_masks
-from Gpt.text import SentenceReader, TextHead, train_text_head
+from Gpt.text import SentenceEncoder, SentenceReader, TextHead, train_text_head
+from Gpt.vocabulary import load_vocabulary
 
 
 def test_most_masks_are_understood_in_new_wordings(monkeypatch):
@@ -22,11 +23,12 @@ def test_most_masks_are_understood_in_new_wordings(monkeypatch):
 
 
 def test_a_reader_is_trained_once_and_kept_until_the_encoder_is_another(tmp_path, monkeypatch):
-    class Encoder:
+    class Encoder(SentenceEncoder):
         identity = "words"
+        cache_file = tmp_path / "text" / "embeddings.safetensors"
 
-        def __init__(self, cache):
-            self.cache = cache
+        def __init__(self):
+            pass
 
         def __call__(self, sentences):
             return HashedWords()(sentences)
@@ -35,16 +37,20 @@ def test_a_reader_is_trained_once_and_kept_until_the_encoder_is_another(tmp_path
 
     def train(encoder, vocabulary):
         trained.append(vocabulary)
-        return SentenceReader(encoder, TextHead([str(i) for i in range(10)], hidden=8).eval())
+        return SentenceReader(
+            encoder, TextHead([str(i) for i in range(10)], hidden=8).eval(), load_vocabulary(vocabulary)
+        )
 
-    monkeypatch.setattr(reading, "SentenceEncoder", Encoder)
     monkeypatch.setattr(reading, "train_reader", train)
-    first, again = (kept_reader("digits", tmp_path / "text") for _ in range(2))
+    first, again = (kept_reader("digits", Encoder()) for _ in range(2))
     assert trained == ["digits"]
-    assert again.embed.cache == tmp_path / "text" / "embeddings.safetensors"
-    known, kept = (reader.read("nines").probabilities for reader in (first, again))
+    assert [file.name for file in (tmp_path / "text").iterdir()] == ["digits.safetensors"]
+    known, kept = (reader.read("any nines").probabilities for reader in (first, again))
     assert torch.equal(known, kept)
     monkeypatch.setattr(Encoder, "identity", "other words")
     for _ in range(2):
-        kept_reader("digits", tmp_path / "text")
+        kept_reader("digits", Encoder())
     assert trained == ["digits", "digits"]
+    monkeypatch.setattr(Encoder, "cache_file", None)
+    kept_reader("digits", Encoder())
+    assert trained == ["digits"] * 3

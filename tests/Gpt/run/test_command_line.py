@@ -46,6 +46,7 @@ def test_misspellings_are_answered_with_the_nearest_word(argument, words):
     [
         ("trainer.steps=many", ["trainer.steps", "many", "integer"]),
         ("trainer.steps=0", ["trainer.steps", "greater than 0"]),
+        ("condition.encoder=7", ["condition.encoder=7", "string"]),
         ("trainer.schedule=lineer", ["trainer.schedule", "'linear'", "'cosine'"]),
         ("trainer.precision=float16", ["trainer.precision", "'bfloat16'"]),
         ("trainer.learning_rate=-1", ["trainer.learning_rate=-1", "greater than or equal to 0"]),

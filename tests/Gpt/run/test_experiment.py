@@ -41,6 +41,7 @@ def experiment(*settings: str, name: str = "digits_loss") -> Experiment:
         (["generator.heads=3"], ConfigError, ["generator.heads=3", "generator.width=32"]),
         (["generator.sampler=ddpm"], ConfigError, ["sampler", "ddpm"]),
         (["zoo.snapshots=1"], ConfigError, ["snapshots"]),
+        (["condition.encoder=mine"], ConfigError, ["condition.encoder=mine", "told no sentences", "leave it out"]),
         (["zoo.refresh_every=5"], ConfigError, ["zoo.refresh_every", "zoo.store=false"]),
         (["zoo.refresh_every=5", "zoo.store=false", FROM_NOISE], ConfigError, ["refresh_every", "identities"]),
         (["zoo.refresh_every=5", "zoo.store=false", "zoo.align=true"], ConfigError, ["refresh_every", "aligned"]),
@@ -93,6 +94,14 @@ def test_no_adapter_is_trained_without_the_model_that_reads_prompts(monkeypatch)
     monkeypatch.setitem(TASK_METADATA, "lora_tiny_tokens", entry)
     with pytest.raises(ConfigError, match=r"gpt-weights\[text\]"):
         _ = experiment(name="lora_tiny").task
+
+
+def test_prompts_of_adapters_are_not_read_by_the_encoder_of_sentences_about_masks():
+    pytest.importorskip("transformers")
+    with pytest.raises(
+        ConfigError, match="condition.encoder=mine: task 'lora_tiny_tokens': .* its family; leave it out"
+    ):
+        _ = experiment("condition.encoder=mine", name="lora_tiny").task
 
 
 @pytest.mark.parametrize(
