@@ -73,11 +73,11 @@ def test_adapters_with_examples_of_similar_length_share_a_pass(monkeypatch):
     positions = (lengths - 1)[:, None, None].expand(6, 10, 1)
     answers = Answers(torch.zeros(6, 10, 9, dtype=torch.long), positions, torch.ones(6, 10, 1, dtype=torch.bool))
     monkeypatch.setattr(module, "TOKENS", 180)
-    assert module._passes(answers, 5) == [[1, 3, 5], [2, 0], [4]]
+    assert module.passes(answers, 5) == [[1, 3, 5], [2, 0], [4]]
     monkeypatch.setattr(module, "LOGITS", 100)
-    assert module._passes(answers, 5) == [[1, 3], [5, 2], [0, 4]]
+    assert module.passes(answers, 5) == [[1, 3], [5, 2], [0, 4]]
     monkeypatch.setattr(module, "LOGITS", 10)
-    assert module._passes(answers, 5) == [[1], [3], [5], [2], [0], [4]]
+    assert module.passes(answers, 5) == [[1], [3], [5], [2], [0], [4]]
 
 
 def test_exact_match_is_what_greedy_decoding_says(base, drawn):
