@@ -1,6 +1,7 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
-Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP` or `… process RANK WORLD`.
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`
+or, with sharded weights, `… KIND RANK WORLD`.
 """
 
 import json
@@ -25,6 +26,7 @@ from Gpt.generator import Batch, Generator
 from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
 from Gpt.seeds import rng
 from Gpt.training import TrainerConfig, _optimizer, learning_rate_factor, train
+from rpg.hyperconv import HyperConvDecoder
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
@@ -53,6 +55,24 @@ class Toy(Generator):
     def loss(self, batch, rng):
         noise = torch.randn(batch.target.shape, generator=rng)
         return (self.layers(batch.target + noise) - batch.target + self.shift).square().mean()
+
+
+class Convolving(Toy):
+    """Denoises by hyper-convolutions, which tensors of four axes are the weights of."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.decoder = HyperConvDecoder(((1, 1, 5), (3, 2, 4), (1, 1, 5)), 3)
+
+    def loss(self, batch, rng):
+        noise = torch.randn(batch.target.shape, generator=rng)
+        written = self.decoder(self.layers(batch.target + noise)[:, None, None]).flatten(1)
+        return (written - batch.target + self.shift).square().mean()
+
+
+SHARDED = {"toy": Toy, "convolving": Convolving}
 
 
 def draw(count: int, noise: torch.Generator) -> Batch:
@@ -242,13 +262,14 @@ def test_two_processes_train_what_one_trains(tmp_path, unbroken):
     assert_close(tmp_path, unbroken)
 
 
-def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path):
-    run(tmp_path / "one", MUON)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path, kind):
+    run(tmp_path / "one", MUON, SHARDED[kind]())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         Killer(patch, 20)
-        run(tmp_path / "two", MUON)
+        run(tmp_path / "two", MUON, SHARDED[kind]())
     assert CheckpointFolder(tmp_path / "two" / "checkpoints", {}).latest_step() == 4
-    two_processes(tmp_path / "two", "sharded process")
+    two_processes(tmp_path / "two", kind)
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
@@ -431,8 +452,10 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
         rank, world = map(int, numbers)
         store = f"file://{folder / 'rendezvous'}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        config = replace(MUON, sharded=True) if mode == "sharded process" else CONFIG
-        run(folder, config, rank=rank)
+        if mode in SHARDED:
+            run(folder, replace(MUON, sharded=True), SHARDED[mode](), rank=rank)
+        else:
+            run(folder, rank=rank)
         dist.destroy_process_group()
 
 
