@@ -10,7 +10,8 @@ Every number is a mean over the tasks of a split with a 95 % bootstrap interval 
 the columns mean. Selection reads the validation tasks; the three splits are measured once.
 
 Several processes share what goes through the language model: answers, free decoding, and the training of the two
-multi-task adapters, each of which one process trains. Seconds are those of the written adapters alone, see `Writer`.
+multi-task adapters, each of which one process trains. Costs are those of one device: seconds are measured where
+adapters are written, see `Price`, and where the zoo was collected, by each worker its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence

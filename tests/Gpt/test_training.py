@@ -58,7 +58,7 @@ class Toy(Generator):
 
 
 class Convolving(Toy):
-    """Denoises by hyper-convolutions, which tensors of four axes are the weights of."""
+    """Denoises by hyper-convolutions too, whose weights have four axes."""
 
     def __init__(self):
         super().__init__()
