@@ -19,7 +19,7 @@ from Gpt.distributed import primary, world
 from Gpt.generator import Generator
 
 G = TypeVar("G", bound=Generator)
-STACKS = ("blocks", "layers")  # what the lists of blocks are called, in every network
+STACKS = ("blocks", "layers", "decoder")  # what the lists of blocks are called, in every network
 
 
 def sharded(generator: G, device: torch.device) -> G:

@@ -101,14 +101,17 @@ def answer_loss(
 def answer_scores(base: BaseModel, spec: AdapterSpec, weights: Float[Tensor, "P D"], answers: Answers) -> Scores:
     """Adapter p on the examples `answers[p]`, in passes of bounded memory."""
     width = answers.positions.shape[-1]
-    groups = _passes(answers, base.model.config.vocab_size)
+    groups = passes(answers, base.model.config.vocab_size)
     parts = [_scores(base, spec, weights[group], answers[group], width) for group in groups]
     place = torch.tensor([i for group in groups for i in group], device=weights.device).argsort()
     return Scores(*(torch.cat(part)[place] for part in zip(*parts, strict=True)))
 
 
-def _passes(answers: Answers, vocabulary: int) -> list[list[int]]:
-    """Which adapters share a pass: those with examples of similar length, so that little is padding."""
+def passes(answers: Answers, vocabulary: int) -> list[list[int]]:
+    """Which adapters share a pass: those with examples of similar length, so that little is padding.
+
+    By themselves, the adapters of a pass are one pass again.
+    """
     lengths = (answers.positions.amax((1, 2)) + 1).tolist()
     widths = answers.valid.sum(-1).amax(1).tolist()
     examples = answers.tokens.shape[1]

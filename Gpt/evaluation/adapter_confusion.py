@@ -6,12 +6,6 @@ Unlike the scores, this is judged on free greedy decoding: an adapter that follo
 from collections import Counter
 from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor
-
-from Gpt.adapters.base import BaseModel
-from Gpt.adapters.decoding import greedy_replies
-from Gpt.adapters.spec import AdapterSpec
 from Gpt.adapters.suite import Member, RuleSuite
 from Gpt.evaluation.results import Confusion
 
@@ -19,23 +13,18 @@ OTHER = "none"
 
 
 def confusions(
-    base: BaseModel,
-    spec: AdapterSpec,
     suite: RuleSuite,
     members: Sequence[Member],
-    weights: Float[Tensor, "tasks D"],
     prompts: Sequence[Sequence[str]],
-    length: int,
+    replies: Sequence[Sequence[str]],
     title: str,
 ) -> list[Confusion]:
     """Rules against rules and formats against formats, a count of tasks each.
 
     Args:
-        prompts: bare inputs for every task.
-        length: tokens of the longest reply.
+        prompts, replies: bare inputs of every task, and what its adapter wrote after each.
         title: what the tables are called, before "rule" and "format".
     """
-    replies = greedy_replies(base, spec, weights, prompts, length)
     found = [carried_out(suite, *of_task) for of_task in zip(members, prompts, replies, strict=True)]
     rules = [(member.rule, other.rule) for member, other in zip(members, found, strict=True)]
     formats = [(member.format, other.format) for member, other in zip(members, found, strict=True)]

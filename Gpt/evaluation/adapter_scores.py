@@ -9,11 +9,13 @@
 Exact match needs no decoding: it holds if every token is the most likely one after the right ones. Format and content
 are judged on those same predictions, each made after the right tokens, so that where a reply goes wrong they are not
 quite those of free decoding.
+
+Several processes share the passes through the language model, and the judgement of what comes out of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +23,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from Gpt import seeds
-from Gpt.adapters.answers import Answers, answer_scores
+from Gpt.adapters.answers import Answers, answer_scores, passes
+from Gpt.adapters.answers import Scores as AnswerScores
 from Gpt.adapters.base import BaseModel
 from Gpt.adapters.spec import AdapterSpec
 from Gpt.adapters.suite import EASY, Member, Suite
+from Gpt.distributed import Rows, in_chunks
 from Gpt.evaluation.results import Interval, Row
 from Gpt.evaluation.statistics import bootstrap_interval
+
+Name = TypeVar("Name", bound=Hashable)
 
 MEASURES = ("exact", "lead", "gap_closed", "format", "content", "loss")
 
@@ -83,26 +89,61 @@ def score_tasks(
     base: BaseModel,
     spec: AdapterSpec,
     suite: Suite,
-    members: Sequence[Member],
-    weights: Float[Tensor, "tasks D"],
-    answers: Answers,
-) -> Scores:
-    """Measure adapter i on the examples `answers[i]` of task `members[i]`."""
-    found = answer_scores(base, spec, weights, answers)
-    exact = found.exact.cpu()
-    wrong = ~exact
-    said, wanted = (_texts(base, tokens, answers.valid, wrong) for tokens in (found.predicted, answers.targets))
-    owners = [members[i] for i in wrong.nonzero()[:, 0].tolist()]
-    judged = [suite.judge(*reply) for reply in zip(owners, said, wanted, strict=True)]
-    form, content = exact.double(), exact.double()
-    form[wrong] = torch.tensor([found.format_valid for found in judged], dtype=torch.float64)
-    content[wrong] = torch.tensor([found.content_correct for found in judged], dtype=torch.float64)
-    return {
-        "exact": 100 * exact.double().mean(1),
-        "format": 100 * form.mean(1),
-        "content": 100 * content.mean(1),
-        "loss": found.loss.double().mean(1).cpu(),
-    }
+    members: Mapping[str, Sequence[Member]],
+    weights: Mapping[str, Float[Tensor, "tasks D"]],
+    answers: Mapping[str, Answers],
+) -> dict[str, Scores]:
+    """Measure adapter i of every split on the examples `answers[split][i]` of task `members[split][i]`."""
+
+    def judged(split: str, tasks: list[int], found: AnswerScores) -> Scores:
+        exact, examples = found.exact.cpu(), answers[split][tasks]
+        wrong = ~exact
+        said, wanted = (_texts(base, tokens, examples.valid, wrong) for tokens in (found.predicted, examples.targets))
+        owners = [members[split][tasks[i]] for i in wrong.nonzero()[:, 0].tolist()]
+        replies = [suite.judge(*reply) for reply in zip(owners, said, wanted, strict=True)]
+        form, content = exact.double(), exact.double()
+        form[wrong] = torch.tensor([reply.format_valid for reply in replies], dtype=torch.float64)
+        content[wrong] = torch.tensor([reply.content_correct for reply in replies], dtype=torch.float64)
+        plain = exact_and_loss(split, tasks, found)
+        return plain | {"format": 100 * form.mean(1), "content": 100 * content.mean(1)}
+
+    return score_adapters(base, spec, weights, answers, judged)
+
+
+def exact_and_loss(name: Hashable, tasks: list[int], found: AnswerScores) -> Scores:
+    """The measures that need no judgement of replies."""
+    return {"exact": 100 * found.exact.double().mean(1).cpu(), "loss": found.loss.double().mean(1).cpu()}
+
+
+def score_adapters(
+    base: BaseModel,
+    spec: AdapterSpec,
+    weights: Mapping[Name, Float[Tensor, "tasks D"]],
+    answers: Mapping[Name, Answers],
+    read: Callable[[Name, list[int], AnswerScores], Scores] = exact_and_loss,
+) -> dict[Name, Scores]:
+    """Measure adapter i of every set on the examples `answers[name][i]`, each pass in one of the processes.
+
+    The passes of all sets are shared out together, so that sets of few tasks leave no process without work.
+
+    Args:
+        read: `(name, tasks, answered) -> scores` of those tasks of a set that were answered in one pass.
+    """
+    vocabulary = base.model.config.vocab_size
+    parts = [(name, tasks) for name in weights for tasks in passes(answers[name], vocabulary)]
+
+    def work(chunk: slice) -> Rows:
+        name, tasks = parts[chunk.start]
+        return read(name, tasks, answer_scores(base, spec, weights[name][tasks], answers[name][tasks]))
+
+    rows = in_chunks(work, len(parts), 1)
+    scores: dict[Name, Scores] = {}
+    first = 0
+    for name in weights:
+        order = torch.tensor([task for of, tasks in parts if of == name for task in tasks]).argsort()
+        scores[name] = {measure: values[first + order] for measure, values in rows.items()}
+        first += len(order)
+    return scores
 
 
 def _texts(

@@ -8,6 +8,10 @@ Three splits, fixed before training, of which the first is what the report is ab
 
 Every number is a mean over the tasks of a split with a 95 % bootstrap interval over tasks; `adapter_scores` says what
 the columns mean. Selection reads the validation tasks; the three splits are measured once.
+
+Several processes share what goes through the language model: answers, free decoding, and the training of the two
+multi-task adapters, each of which one process trains. Costs are those of one device: seconds are measured where
+adapters are written, see `Price`, and where the zoo was collected, by each worker its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,16 +22,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from Gpt.adapters.answers import Answers, answer_scores
+from Gpt.adapters.answers import Answers
 from Gpt.adapters.conditions import PromptStates
+from Gpt.adapters.decoding import greedy_replies
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.peft_io import gauge_report
 from Gpt.data.adapter_batches import fresh_adapter, prompt_for
+from Gpt.distributed import Rows, in_chunks
 from Gpt.errors import ZooError
 from Gpt.evaluation import adapter_baselines as baselines
 from Gpt.evaluation.adapter_confusion import confusions
 from Gpt.evaluation.adapter_costs import adapter_costs
-from Gpt.evaluation.adapter_scores import Line, exact_by_rule, score_tasks
+from Gpt.evaluation.adapter_scores import Line, exact_by_rule, score_adapters, score_tasks
 from Gpt.evaluation.adapter_tasks import PROMPTS, SHOTS, AdapterTasks, judged_splits
 from Gpt.evaluation.costs import Price, Spent
 from Gpt.evaluation.judge import Judge, Progress
@@ -99,11 +105,12 @@ class AdapterJudge(Judge):
         Returns:
             `validation_error` (100 - exact match, percent) and `validation_loss`.
         """
-        weights = self.write(self.tasks.prompts("validation"))
-        scores = answer_scores(self.tasks.base, self.tasks.recipe.spec, weights, self.tasks.answers("validation"))
+        tasks, split = self.tasks, "validation"
+        written, answers = {split: self.write(tasks.prompts(split))}, {split: tasks.answers(split)}
+        scores = score_adapters(tasks.base, tasks.recipe.spec, written, answers)[split]
         return {
-            "validation_error": 100 - 100 * float(scores.exact.float().mean()),
-            "validation_loss": float(scores.loss.mean()),
+            "validation_error": 100 - float(scores["exact"].mean()),
+            "validation_loss": float(scores["loss"].mean()),
         }
 
     @cached_property
@@ -131,13 +138,10 @@ class AdapterJudge(Judge):
         **details: Any,
     ) -> Line:
         """Measure `adapters[split]`, one for each of its tasks, on `answers(split)`, by default bare examples."""
-        tasks, answers = self.tasks, answers or self.tasks.answers
-        scores = {
-            split: score_tasks(
-                tasks.base, tasks.recipe.spec, tasks.family.source, tasks.members(split), weights, answers(split)
-            )
-            for split, weights in adapters.items()
-        }
+        tasks, of_split = self.tasks, answers or self.tasks.answers
+        members = {split: tasks.members(split) for split in adapters}
+        examples = {split: of_split(split) for split in adapters}
+        scores = score_tasks(tasks.base, tasks.recipe.spec, tasks.family.source, members, adapters, examples)
         return Line(name, kind, scores, adapters, details)
 
     def everywhere(self, adapter: Float[Tensor, " D"]) -> dict[str, Float[Tensor, "tasks D"]]:
@@ -258,26 +262,26 @@ class AdapterJudge(Judge):
         train, validation = (torch.tensor(tasks.family.splits[name]) for name in ("train", "validation"))
         own = (validation[:, None] == train).to(self.device)
         similar = baselines.similarity(tasks.prompts("validation"), self.library_prompts).masked_fill(own, -torch.inf)
-        answers = tasks.answers("validation")
-
-        def loss(temperature: float) -> float:
-            mixed = baselines.softmax_mix(similar, self.library, temperature)
-            return float(answer_scores(tasks.base, tasks.recipe.spec, mixed, answers).loss.mean())
-
-        return min(TEMPERATURES, key=loss)
+        mixed = {temperature: baselines.softmax_mix(similar, self.library, temperature) for temperature in TEMPERATURES}
+        answers = dict.fromkeys(TEMPERATURES, tasks.answers("validation"))
+        scores = score_adapters(tasks.base, tasks.recipe.spec, mixed, answers)
+        return min(TEMPERATURES, key=lambda temperature: float(scores[temperature]["loss"].mean()))
 
     def multitask(self) -> list[Line]:
         """One adapter for all training tasks, from bare inputs; another, trained and tested with instructions."""
-        tasks, lines = self.tasks, []
+        tasks, steps = self.tasks, self.config.optimiser_steps
         ways = {"one adapter for all tasks": False} | ({"the same, with instructions": True} if tasks.rules else {})
-        for name, instructed in ways.items():
+
+        def train(chunk: slice) -> Rows:
             adapter = baselines.multitask_adapter(
-                tasks.base, tasks.recipe.spec, self.fresh, tasks.answers("train", instructed),
-                steps=self.config.optimiser_steps, batch=MULTITASK_BATCH, learning_rate=tasks.recipe.learning_rate,
-                seed=self.config.seed,
+                tasks.base, tasks.recipe.spec, self.fresh, tasks.answers("train", [*ways.values()][chunk.start]),
+                steps=steps, batch=MULTITASK_BATCH, learning_rate=tasks.recipe.learning_rate, seed=self.config.seed,
             )  # fmt: skip
-            answers, note = partial(tasks.answers, instructed=instructed), f"{MULTITASK_BATCH} examples a step"
-            steps = self.config.optimiser_steps
+            return {"adapter": adapter[None]}
+
+        trained, lines, note = in_chunks(train, len(ways), 1)["adapter"], [], f"{MULTITASK_BATCH} examples a step"
+        for (name, instructed), adapter in zip(ways.items(), trained, strict=True):
+            answers = partial(tasks.answers, instructed=instructed)
             lines.append(self.line(name, "baseline", self.everywhere(adapter), answers, updates=steps, note=note))
         return lines
 
@@ -303,9 +307,13 @@ class AdapterJudge(Judge):
         if tasks.rules is None:
             return []
         length = tasks.family.answers(tasks.recipe.base, "test").positions.shape[-1]
-        for split, weights in line.adapters.items():
-            members, prompts = tasks.members(split), tasks.decoded(tasks.rules, split)
-            found += confusions(tasks.base, tasks.recipe.spec, tasks.rules, members, weights, prompts, length, split)
+        prompts = {split: tasks.decoded(tasks.rules, split) for split in line.adapters}
+        together = [inputs for of_split in prompts.values() for inputs in of_split]
+        weights = torch.cat([*line.adapters.values()])
+        replies = iter(greedy_replies(tasks.base, tasks.recipe.spec, weights, together, length))
+        for split, inputs in prompts.items():
+            own = [next(replies) for _ in inputs]
+            found += confusions(tasks.rules, tasks.members(split), inputs, own, split)
         return found
 
     def rules(self, lines: Sequence[Line]) -> list[str]:

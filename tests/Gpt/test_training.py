@@ -1,7 +1,12 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
+<<<<<<< HEAD
 Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`, or
 `… stopped STEP PROCESSES RANK WORLD`, where these processes send themselves a signal in that step.
+=======
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`
+or, with sharded weights, `… KIND RANK WORLD`.
+>>>>>>> h3
 """
 
 import json
@@ -26,7 +31,12 @@ from Gpt.generator import Batch, Generator
 from Gpt.interruption import Interrupted, handled, held_back
 from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
 from Gpt.seeds import rng
+<<<<<<< HEAD
 from Gpt.training import TrainerConfig, _agreed, _optimizer, learning_rate_factor, train
+=======
+from Gpt.training import TrainerConfig, _optimizer, learning_rate_factor, train
+from rpg.hyperconv import HyperConvDecoder
+>>>>>>> h3
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
@@ -55,6 +65,24 @@ class Toy(Generator):
     def loss(self, batch, rng):
         noise = torch.randn(batch.target.shape, generator=rng)
         return (self.layers(batch.target + noise) - batch.target + self.shift).square().mean()
+
+
+class Convolving(Toy):
+    """Denoises by hyper-convolutions too, whose weights have four axes."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.decoder = HyperConvDecoder(((1, 1, 5), (3, 2, 4), (1, 1, 5)), 3)
+
+    def loss(self, batch, rng):
+        noise = torch.randn(batch.target.shape, generator=rng)
+        written = self.decoder(self.layers(batch.target + noise)[:, None, None]).flatten(1)
+        return (written - batch.target + self.shift).square().mean()
+
+
+SHARDED = {"toy": Toy, "convolving": Convolving}
 
 
 def draw(count: int, noise: torch.Generator) -> Batch:
@@ -311,13 +339,14 @@ def test_two_processes_train_what_one_trains(tmp_path, unbroken):
     assert_close(tmp_path, unbroken)
 
 
-def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path):
-    run(tmp_path / "one", MUON)
+@pytest.mark.parametrize("kind", SHARDED)
+def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path, kind):
+    run(tmp_path / "one", MUON, SHARDED[kind]())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         Killer(patch, 20)
-        run(tmp_path / "two", MUON)
+        run(tmp_path / "two", MUON, SHARDED[kind]())
     assert CheckpointFolder(tmp_path / "two" / "checkpoints", {}).latest_step() == 4
-    two_processes(tmp_path / "two", "sharded process")
+    two_processes(tmp_path / "two", kind)
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
@@ -529,6 +558,7 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
     else:
         *stop, rank, world = numbers
         store = f"file://{folder / 'rendezvous'}"
+<<<<<<< HEAD
         dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(world))
         config = replace(MUON, sharded=True) if mode == "sharded process" else CONFIG
         told = stop and rank in stop[1]
@@ -539,6 +569,13 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
                 run(folder, config, rank=int(rank), before_step=before_step)
         except Interrupted as error:
             print(signal.Signals(error.number).name, error)
+=======
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        if mode in SHARDED:
+            run(folder, replace(MUON, sharded=True), SHARDED[mode](), rank=rank)
+        else:
+            run(folder, rank=rank)
+>>>>>>> h3
         dist.destroy_process_group()
 
 

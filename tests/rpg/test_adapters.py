@@ -24,10 +24,12 @@ from Gpt.generator import Batch
 from Gpt.recipes import AdapterRecipe
 from Gpt.report.logger import Loggers
 from Gpt.seeds import rng
+from Gpt.sharding import blocks
 from Gpt.tasks import Task
 from Gpt.training import TrainerConfig, train
 from rpg.adapters import HyperConvConfig, HyperConvGenerator, LossConfig, QueryConfig, QueryGenerator, movement
 from rpg.generator import Rpg, RpgConfig
+from rpg.hyperconv import HyperConvLayer, PlainBlock
 
 FEATURES = 384
 SMALL = {"width": 32, "depth": 1, "heads": 2, "latents": 4}
@@ -89,6 +91,17 @@ def test_adapters_are_a_function_of_the_prompts(zoo, task, kind, tokens):
     generator.loss(batch, rng("cpu", 0)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.decoder.parameters())
     assert generator.sample({}, count=2).shape == (2, task.structure.size)
+
+
+@pytest.mark.parametrize(("kind", "outside"), [("published", ()), ("plain", ("project", "scale", "shift"))])
+def test_convolutions_are_sharded_block_by_block(task, kind, outside):
+    """Of their weights, none but those before the first block are kept together."""
+    generator = build(task, kind)
+    found = blocks(generator)
+    assert {type(block) for block in found} == {HyperConvLayer if kind == "published" else PlainBlock}
+    inside = {id(p) for block in found for p in block.parameters()}
+    left = {name.split(".")[1] for name, p in generator.named_parameters() if id(p) not in inside}
+    assert left == set(outside)
 
 
 def test_step_zero_of_the_query_generator_is_the_base_model(zoo, task):

@@ -68,16 +68,18 @@ def test_memory_bounds_do_not_change_scores(base, drawn, monkeypatch):
 
 
 def test_adapters_with_examples_of_similar_length_share_a_pass(monkeypatch):
-    """The order of the adapters does not matter, and no pass is larger than memory allows."""
+    """The order of the adapters does not matter, no pass is larger than memory allows, and by themselves the adapters
+    of a pass are one pass again."""
     lengths = torch.tensor([9, 3, 8, 3, 9, 4])
     positions = (lengths - 1)[:, None, None].expand(6, 10, 1)
     answers = Answers(torch.zeros(6, 10, 9, dtype=torch.long), positions, torch.ones(6, 10, 1, dtype=torch.bool))
     monkeypatch.setattr(module, "TOKENS", 180)
-    assert module._passes(answers, 5) == [[1, 3, 5], [2, 0], [4]]
+    assert module.passes(answers, 5) == [[1, 3, 5], [2, 0], [4]]
     monkeypatch.setattr(module, "LOGITS", 100)
-    assert module._passes(answers, 5) == [[1, 3], [5, 2], [0, 4]]
+    assert module.passes(answers, 5) == [[1, 3], [5, 2], [0, 4]]
+    assert all(module.passes(answers[some], 5) == [[0, 1]] for some in ([1, 3], [5, 2], [0, 4]))
     monkeypatch.setattr(module, "LOGITS", 10)
-    assert module._passes(answers, 5) == [[1], [3], [5], [2], [0], [4]]
+    assert module.passes(answers, 5) == [[1], [3], [5], [2], [0], [4]]
 
 
 def test_exact_match_is_what_greedy_decoding_says(base, drawn):

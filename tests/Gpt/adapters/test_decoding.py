@@ -48,7 +48,9 @@ def test_replies_are_those_of_one_prompt_at_a_time(base, drawn, prompts, monkeyp
 
 def test_a_reply_ends_with_its_line(base, drawn, monkeypatch):
     lines = ["one\ntwo\n", "\n", "three"]
-    monkeypatch.setattr(module, "_continued", lambda *_: base.tokenizer.encode(lines))
+    rows = [torch.tensor(ids) for ids in base.tokenizer.encode(lines)]
+    written = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=base.tokenizer.pad_id)
+    monkeypatch.setattr(module, "_continued", lambda *_: written)
     assert greedy_replies(base, SPEC, drawn(SPEC, 1), [["a", "b", "c"]], 9) == [["one\n", "\n", "three"]]
 
 

@@ -1,12 +1,22 @@
-"""The judge of adapters, against generators whose worth is known."""
+"""The judge of adapters, against generators whose worth is known.
+
+Run as a script, this file is one of two processes that judge a generator together: `test_adapters.py FOLDER NUMBER`.
+"""
 
 import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_gen.adapters import initial_adapters, train_adapter_population
+from Gpt.adapters import answers, decoding
 from Gpt.adapters.spec import AdapterSpec
 from Gpt.adapters.suite import Member
 from Gpt.catalogue.adapters import TASKS, adapter_entry
@@ -14,6 +24,7 @@ from Gpt.data.adapter_batches import fresh_adapter, task_prompts
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.errors import TaskError, ZooError
+from Gpt.evaluation import adapter_baselines, adapter_scores
 from Gpt.evaluation.adapter_scores import Line, exact_by_rule, ratio_interval
 from Gpt.evaluation.adapter_tasks import AdapterTasks
 from Gpt.evaluation.adapters import AdapterJudge
@@ -33,11 +44,20 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def zoo(task):
+def trained(task):
     """One run for each task, trained for long enough to beat the base model."""
     family = task.family
     runs = list(range(family.test_runs + family.validation_runs + len(family.splits["train"])))
-    weights, metrics = train_adapter_population(task, task.recipe, runs, 0, [0, 60], "cpu")
+    return train_adapter_population(task, task.recipe, runs, 0, [0, 60], "cpu")
+
+
+@pytest.fixture(scope="module")
+def zoo(task, trained):
+    return zoo_of(task, *trained)
+
+
+def zoo_of(task, weights, metrics):
+    family, runs = task.family, list(range(len(weights)))
     return Zoo.from_tensors(
         weights, metrics, runs, [0, 60], task.structure,
         test_runs=family.test_runs, validation_runs=family.validation_runs,
@@ -247,3 +267,58 @@ def test_ratio_of_means_and_its_interval():
     assert (exact.mean, exact.low, exact.high, exact.count) == (0.25, 0.25, 0.25, 3)
     loose = ratio_interval(torch.tensor([0.0, 20.0, 10.0]), whole)
     assert loose.low < loose.mean == 0.5 < loose.high
+
+
+def judged_in_small_pieces(task, zoo):
+    """Everything that the judge finds, less the clock, and how often this process went through the language model.
+
+    A pass holds one task and decoding two, so that three splits of 1, 3 and 2 tasks are six and three pieces.
+    """
+    done = Counter()
+
+    def counted(module, name):
+        work = getattr(module, name)
+        patch.setattr(module, name, lambda *given, **named: done.update([name]) or work(*given, **named))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "TOKENS", 1000)
+        patch.setattr(decoding, "ROWS", 64)
+        counted(adapter_scores, "answer_scores")
+        counted(decoding, "_continued")
+        counted(adapter_baselines, "multitask_adapter")
+        judge = AdapterJudge(Oracle(task, zoo), task, zoo, replace(CONFIG, max_batch=2), "cpu")
+        score = judge.score()
+        found = judge.evaluate(Spent(12.0, 1.0, 10)).to_json()
+    del found["table"][0]["seconds"], found["costs"]["sample_seconds"], found["costs"]["break_even"]
+    return json.loads(json.dumps({"score": score, "found": found})), dict(done)
+
+
+def test_two_processes_find_together_what_one_finds_and_each_does_a_part(tmp_path, task, zoo, trained):
+    """To the bit; pieces are no multiple of the processes, and those of the one validation task are fewer."""
+    expected, done = judged_in_small_pieces(task, zoo)
+    torch.save(trained, tmp_path / "trained.pt")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    calls = [[sys.executable, __file__, str(tmp_path), str(number)] for number in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    children = [subprocess.Popen(call, env=environment, **pipes) for call in calls]
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    found, parts = zip(*(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)), strict=True)
+    assert list(found) == [expected, expected]
+    for kind, times in done.items():
+        shares = [part[kind] for part in parts]
+        assert sum(shares) == times and max(shares) <= times * 2 / 3
+
+
+def _judge(folder: Path, number: str) -> None:
+    torch.set_num_threads(1)
+    task = Task(name="lora_tiny", **TASKS["lora_tiny"])
+    zoo = zoo_of(task, *torch.load(folder / "trained.pt"))
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=store, rank=int(number), world_size=2)
+    (folder / f"{number}.json").write_text(json.dumps(judged_in_small_pieces(task, zoo)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _judge(Path(sys.argv[1]), sys.argv[2])
