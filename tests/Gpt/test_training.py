@@ -1,12 +1,8 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
-<<<<<<< HEAD
-Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`, or
-`… stopped STEP PROCESSES RANK WORLD`, where these processes send themselves a signal in that step.
-=======
-Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`
-or, with sharded weights, `… KIND RANK WORLD`.
->>>>>>> h3
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`, with
+sharded weights `… KIND RANK WORLD`, or `… stopped STEP PROCESSES RANK WORLD`, where these processes send themselves a
+signal in that step.
 """
 
 import json
@@ -31,12 +27,8 @@ from Gpt.generator import Batch, Generator
 from Gpt.interruption import Interrupted, handled, held_back
 from Gpt.report.logger import JsonlLogger, Loggers, read_metrics
 from Gpt.seeds import rng
-<<<<<<< HEAD
 from Gpt.training import TrainerConfig, _agreed, _optimizer, learning_rate_factor, train
-=======
-from Gpt.training import TrainerConfig, _optimizer, learning_rate_factor, train
 from rpg.hyperconv import HyperConvDecoder
->>>>>>> h3
 
 CONFIG = TrainerConfig(
     steps=12, batch_size=8, slices=2, learning_rate=0.05, warmup=3, ema_decay=0.9, weight_decay=0.1,
@@ -558,24 +550,17 @@ def _script(folder: Path, mode: str, *numbers: str) -> None:
     else:
         *stop, rank, world = numbers
         store = f"file://{folder / 'rendezvous'}"
-<<<<<<< HEAD
         dist.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(world))
-        config = replace(MUON, sharded=True) if mode == "sharded process" else CONFIG
+        generator = SHARDED[mode]() if mode in SHARDED else Toy()
+        config = replace(MUON, sharded=True) if mode in SHARDED else CONFIG
         told = stop and rank in stop[1]
         number = signal.SIGTERM if int(rank) else signal.SIGINT
         before_step = raising(number, int(stop[0])) if told else lambda step: None
         try:
             with handled():
-                run(folder, config, rank=int(rank), before_step=before_step)
+                run(folder, config, generator, rank=int(rank), before_step=before_step)
         except Interrupted as error:
             print(signal.Signals(error.number).name, error)
-=======
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-        if mode in SHARDED:
-            run(folder, replace(MUON, sharded=True), SHARDED[mode](), rank=rank)
-        else:
-            run(folder, rank=rank)
->>>>>>> h3
         dist.destroy_process_group()
 
 
