@@ -1,8 +1,8 @@
 """The training loop: what is killed continues to the bit, what is split adds up, what fails says so.
 
-Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`, with
-sharded weights `… KIND RANK WORLD`, or `… stopped STEP PROCESSES RANK WORLD`, where these processes send themselves a
-signal in that step.
+Run as a script, this file is one process: `test_training.py FOLDER kill-while-saving STEP`, `… process RANK WORLD`,
+with sharded weights `… KIND RANK WORLD`, or `… stopped STEP PROCESSES RANK WORLD`, where these processes send
+themselves a signal in that step.
 """
 
 import json
