@@ -127,15 +127,20 @@ class Generator(nn.Module):
         """Training loss of one batch; all randomness comes from `rng`, which lives on the batch's device."""
         raise TypeError(f"{type(self).__name__} does not define loss")
 
+    @property
+    def turns(self) -> tuple[float, ...]:
+        """Shares of the training at which the loss becomes another, in order: distillation joins, if there is any."""
+        return () if self.distillation is None else (self.distils_after,)
+
+    def phase(self, batch: Batch) -> int:
+        """How many of its turns the training has taken."""
+        return sum(batch.progress >= turn for turn in self.turns)
+
     def _distilled(self, batch: Batch, decode: Callable[[], Tensor], rng: torch.Generator) -> Tensor | float:
         """The distillation term of `loss`, if there is to be one by now, for estimated weights `decode()`."""
         if self.distillation is None or not self.phase(batch):
             return 0.0
         return self.distillation(batch, decode(), rng)
-
-    def phase(self, batch: Batch) -> int:
-        """How far the training is, for losses that gain terms on the way: 1 once distillation counts, before it 0."""
-        return int(batch.progress >= self.distils_after)
 
     def write(
         self,

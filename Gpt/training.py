@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -48,7 +48,8 @@ class TrainerConfig:
         slices: equal parts of a batch that are drawn and differentiated one after the other; a multiple of the number
             of processes. More slices need less memory.
         muon_learning_rate: of the hidden matrices, which then go to Muon instead of AdamW, see `Gpt.muon`.
-        warmup: steps of linear warm-up; then the learning rates fall linearly to zero ("linear") or along a cosine.
+        warmup: steps of linear warm-up, at the beginning and wherever the loss becomes another; otherwise the learning
+            rates fall linearly to zero ("linear") or along a cosine.
         max_grad_norm: gradients are scaled down to this norm; None leaves them alone.
         ema_decay: of the averaged weights, reached gradually: min(decay, (1 + step) / (10 + step)).
         precision: "float32"; "tf32" for its faster matrix products, in training and sampling; "bfloat16" for automatic
@@ -201,7 +202,7 @@ class Session:
         """One step along the gradient, with the learning rate of its place in the schedule; returns the norm."""
         config, step = self._config, self.state.step
         for group in self._optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(step, config)
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, config, self.trained.turns)
         norm = whole(nn.utils.clip_grad_norm_(self.trained.parameters(), config.max_grad_norm or math.inf))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -283,10 +284,15 @@ def mixed_precision(precision: str, device: torch.device) -> bool:
     return precision == "bfloat16"
 
 
-def learning_rate_factor(step: int, config: TrainerConfig) -> float:
-    """Warm-up times decay, 1 at most."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
+def learning_rate_factor(step: int, config: TrainerConfig, turns: Sequence[float] = ()) -> float:
+    """Warm-up times decay, 1 at most.
+
+    It warms up anew after each of the `turns`, shares of the training at which the loss becomes another: the optimiser
+    knows gradients of another size and direction by then, and its first long steps would undo what was learned.
+    """
     progress = step / config.steps
+    began = config.steps * max((turn for turn in turns if turn <= progress), default=0.0)
+    warm = min(1.0, (step - began + 1) / max(1, config.warmup))
     return warm * ((1 - progress) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 

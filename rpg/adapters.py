@@ -67,6 +67,12 @@ class LossConfig:
         regression = progress < self.regression_until or self.regression_until >= 1
         return self.mse * regression, self.l1 * regression, self.sft * (progress >= self.sft_from)
 
+    @property
+    def turns(self) -> tuple[float, ...]:
+        """Shares of the training at which `terms` become others."""
+        known = {self.regression_until if self.mse or self.l1 else 1.0, self.sft_from if self.sft else 1.0}
+        return tuple(sorted(turn for turn in known if 0 < turn < 1))
+
 
 @dataclass(frozen=True)
 class HyperConvConfig:
@@ -197,6 +203,10 @@ class AdapterGenerator(Generator):
     def forward(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
         """The adapter for every set of prompts."""
         return self.fresh + self.unit * self.decode(prompts)
+
+    @property
+    def turns(self) -> tuple[float, ...]:
+        return self.config.loss.turns
 
     def loss(self, batch: Batch, rng: torch.Generator) -> Float[Tensor, ""]:
         """The terms of `config.loss` that are switched on at `batch.progress`.

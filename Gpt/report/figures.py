@@ -389,12 +389,12 @@ def _draw_series(axis: Axes, metrics: Sequence[Metrics], name: str, colour: str)
 
 
 def _mark_phases(axis: Axes, metrics: Sequence[Metrics]) -> None:
-    """A line where the loss gained terms: what lies before it and after it is not the same quantity."""
+    """A line where the loss became another: what lies before it and after it is not the same quantity."""
     phases = [(line["step"], line["train/phase"]) for line in metrics if "train/phase" in line]
     for (_, before), (step, after) in itertools.pairwise(phases):
         if after > before:
             axis.axvline(step, color=MUTED, ls=":", lw=1)
-            axis.text(step, 0.03, " more terms", color=MUTED, transform=axis.get_xaxis_transform())
+            axis.text(step, 0.03, " other terms", color=MUTED, transform=axis.get_xaxis_transform())
 
 
 def _running_average(values: np.ndarray, horizon: float) -> np.ndarray:

@@ -523,6 +523,17 @@ def test_learning_rate_warms_up_and_decays(schedule, half):
     assert factors[9:] == sorted(factors[9:], reverse=True)
 
 
+@pytest.mark.parametrize("turn", [0.5, 0.4996])
+def test_learning_rate_warms_up_anew_where_the_loss_becomes_another(turn):
+    config = TrainerConfig(steps=1000, warmup=10)
+    once, again = ([learning_rate_factor(step, config, turns) for step in range(1000)] for turns in ((), (turn,)))
+    assert again[:500] == once[:500]
+    warm = [new / old for new, old in zip(again[500:510], once[500:510], strict=True)]
+    assert warm[0] == pytest.approx(0.1 * (1 + 500 - 1000 * turn))
+    assert warm == sorted(warm) and warm[-1] == pytest.approx(1)
+    assert again[510:] == once[510:]
+
+
 def test_mixed_precision_trains(tmp_path):
     config = replace(CONFIG, precision="bfloat16", steps=4)
     generator, _ = run(tmp_path, config)

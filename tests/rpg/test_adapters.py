@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -209,6 +210,10 @@ def test_schedule():
     both = LossConfig(mse=2.0, sft=1.0, regression_until=0.4, sft_from=0.25)
     assert [both.terms(p) for p in (0.0, 0.25, 0.4, 1.0)] == [(2, 0, 0), (2, 0, 1), (0, 0, 1), (0, 0, 1)]
     assert LossConfig().terms(1.0) == (1, 0, 0)
+    for loss in (both, LossConfig(), LossConfig(mse=0.0, sft=1.0), LossConfig(sft=1.0, regression_until=0.1)):
+        shares = [i / 20 for i in range(21)]
+        changes = [share for before, share in pairwise(shares) if loss.terms(before) != loss.terms(share)]
+        assert list(loss.turns) == changes
     for wrong in ({"mse": 0.0}, {"regression_until": 0.5}, {"sft": 1.0, "regression_until": 0.2, "sft_from": 0.5}):
         with pytest.raises(ConfigError, match="without any loss"):
             LossConfig(**wrong)

@@ -124,7 +124,7 @@ def test_training_curves_keep_short_series_as_they_are():
     np.testing.assert_allclose(alignment.lines[0].get_ydata(), [0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_training_curves_show_where_the_loss_gained_terms_and_each_series_once():
+def test_training_curves_show_where_the_loss_became_another_and_each_series_once():
     lines = [{"step": s, "time": 0.0, "train/loss": 1.0, "train/phase": int(s > 3)} for s in range(8)]
     lines += [{"step": 7, "time": 0.0, "validation/generated_error": 0.1, "validation/score": 0.1}]
     loss, error = figures.training(lines).axes
