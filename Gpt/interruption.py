@@ -40,14 +40,16 @@ class _Handler:
         self.number, self.holds = 0, False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGTERM:
+        if self.number == number == signal.SIGTERM:
             return  # it is ending; schedulers and torchrun tell a process twice
         noted, self.number = self.holds and not self.number, self.number or number
         if not noted:
             raise Interrupted(number)
         if primary():  # past Python's streams, which may be in the middle of a line of theirs
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the training ends after this step; Ctrl-C now ends it at once\n".encode())
+            os.write(
+                2, f"\n{name}: the training ends after a step and is stored; Ctrl-C now ends it at once\n".encode()
+            )
 
 
 @contextmanager
@@ -72,7 +74,9 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[Callable[[], int]]:
-    """Inside, the first signal is noted only, and a second Ctrl-C raises; without `handled` signals are left alone.
+    """Inside, the first signal is noted only, and another one raises, unless it is SIGTERM again.
+
+    Without `handled` signals are left alone.
 
     Yields:
         what tells the number of the signal that came, 0 while none has.

@@ -86,7 +86,18 @@ class SentenceEncoder:
         Raises:
             ConfigError: the model's folder does not say.
         """
-        return model_features(self.folder)
+        for file, key in (
+            ("config.json", "hidden_size"),
+            ("config.json", "dim"),
+            (POOLING, "word_embedding_dimension"),
+        ):
+            facts = _facts_of_model(self.folder, file)
+            if key in facts:
+                return int(facts[key])
+        raise ConfigError(
+            f"sentence encoder: {self.folder} does not say how long its embeddings are (hidden_size in config.json); "
+            "name the folder of a complete model"
+        )
 
     def __call__(self, sentences: Sequence[str]) -> Float[Tensor, "n features"]:
         """Embeddings on the CPU, one row a sentence."""
@@ -159,22 +170,6 @@ def find_model(model: str = DEFAULT_MODEL) -> Path:
             "choose a model whose embeddings are its averaged tokens"
         )
     return folder
-
-
-def model_features(folder: Path) -> int:
-    """Length of the embeddings of the model in a folder.
-
-    Raises:
-        ConfigError: the folder does not say.
-    """
-    for file, key in (("config.json", "hidden_size"), (POOLING, "word_embedding_dimension")):
-        facts = _facts_of_model(folder, file)
-        if key in facts:
-            return int(facts[key])
-    raise ConfigError(
-        f"sentence encoder: {folder} does not say how long its embeddings are (hidden_size in config.json); name the "
-        "folder of a complete model"
-    )
 
 
 def _facts_of_model(folder: Path, file: str) -> Any:

@@ -36,7 +36,7 @@ Sampler = Callable[[int, torch.Generator], Batch]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-AGREE_EVERY = 10  # steps, after which several processes that log nothing ask each other whether to go on
+AGREE_EVERY = 10  # steps at most, after which several processes ask each other whether to go on
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainerConfig:
         sharded: with several processes, each keeps a part of the weights, gradients, optimiser state and average, see
             `Gpt.sharding`; for generators that outgrow a card.
         validate_every, checkpoint_every: steps; 0 leaves it to the end.
-        log_every: steps; 0 for never. Several processes end a training that a signal interrupts after such a step.
+        log_every: steps; 0 for never.
         validation_batches: batches behind one validation loss.
     """
 
@@ -353,12 +353,12 @@ def _check_finite(name: str, value: float, step: int, config: TrainerConfig) -> 
 def _agreed(signalled: int, step: int, config: TrainerConfig) -> int:
     """The signal that ends the training after this step, in all processes alike; 0 for none.
 
-    One process decides alone, after any step. Several exchange it where they exchange the loss anyway: after every step
-    it would have the hosts wait for each other and for their GPUs.
+    One process decides alone, after any step. Several ask each other after some of them: after every step it would have
+    the hosts wait for each other and for their GPUs. torchrun kills them 30 s after its own signal.
     """
     if distributed.world() == 1:
         return signalled
-    together = step >= config.steps or _due(step, config.log_every or AGREE_EVERY)
+    together = step >= config.steps or _due(step, min(config.log_every or AGREE_EVERY, AGREE_EVERY))
     return distributed.largest(signalled) if together else 0
 
 

@@ -88,16 +88,15 @@ def train_network(
         for iteration in iterations(keep, 1, progress):
             if iteration == keep[len(kept)]:
                 kept.append(task.structure.flatten(net.state_dict()))
-            if iteration == keep[-1]:
-                continue  # which ends the loop
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, iteration, annealed)
-            inputs, labels = next(batches)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = net(inputs)
-            F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if iteration < keep[-1]:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe, iteration, annealed)
+                inputs, labels = next(batches)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    logits = net(inputs)
+                F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
     return torch.stack(kept)
 
 

@@ -50,9 +50,11 @@ def after_interruption(config: RunConfig) -> str:
             f"{zoo} and begins another run beside this one; to continue this one, set run.name to the name of its "
             "folder and leave out resume=never"
         )
-    if not config.zoo.store:
-        return "trains the zoo again, which is not stored, and continues from the last checkpoint"
-    return CONTINUES
+    if config.zoo.store:
+        return CONTINUES
+    if config.collect_only or config.test_only:
+        return "starts over, as the zoo is not stored"
+    return "trains the zoo again, which is not stored, and continues from the last checkpoint"
 
 
 def launch(

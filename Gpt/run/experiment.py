@@ -88,11 +88,10 @@ class Experiment:
         load_task_modules(self.config.task_modules)
         task = get_task(self.config.task, self.device)
         check_conditions(task, self.config.condition.names)
-        if self.config.condition.encoder != DEFAULT_MODEL and not isinstance(task.family, MaskSplit):
+        encoder = self.config.condition.encoder
+        if encoder != DEFAULT_MODEL and not isinstance(task.family, MaskSplit):
             own = "its prompts are read by the encoder of its family" if task.family else "it is told no sentences"
-            raise ConfigError(
-                f"condition.encoder={self.config.condition.encoder}: task {task.name!r}: {own}; leave it out"
-            )
+            raise ConfigError(f"condition.encoder={encoder}: task {task.name!r}: {own}; leave it out")
         if task.family:
             masks, names = isinstance(task.family, MaskSplit), self.config.condition.names
             members, told = ("class mask", "class_mask") if masks else ("sentence", "text")
@@ -102,8 +101,10 @@ class Experiment:
                     f"condition.names=[{told}]"
                 )
             hashed = isinstance(task.family, AdapterFamily) and task.family.encoder == "hash"
-            if "text" in names and not hashed:
-                find_model(self.config.condition.encoder)  # before anything is collected
+            # Before anything is collected; a run that is told masks in bits may be asked in words later.
+            told_in_words, asked_in_words = "text" in names and not hashed, encoder != DEFAULT_MODEL
+            if told_in_words or (asked_in_words and not self.config.test_only):
+                find_model(encoder)
         changes = self.config.zoo.recipe
         return task.with_recipe(changed_recipe(task, changes)) if changes else task
 
@@ -309,8 +310,6 @@ class Experiment:
         """
         judging, config, task = self.judging, self.config, self.task
         judging.check(config.evaluation, task, config.condition.names)
-        if config.condition.encoder != DEFAULT_MODEL:
-            find_model(config.condition.encoder)  # also of a run that is told masks in bits, and later asked in words
         read = judging.splits if config.test_only else judging.splits | {"validation"}
         for split, runs in zip(("test", "validation"), self.held_out, strict=True):
             if split in read and runs < 1:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import checkpoint, distributed
+from Gpt import checkpoint, distributed, training
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.errors import ConfigError, UserError
 from Gpt.generator import Batch, Generator
@@ -355,16 +355,16 @@ def test_two_processes_stop_after_the_same_step_whoever_is_told(tmp_path, unbrok
     outputs = two_processes(tmp_path, "stopped", step, told)
     stop = step + 2 - step % 2
     expected = f"SIGTERM at step {stop} of 12" if "1" in told else f"SIGINT at step {stop} of 12"
-    assert [output.splitlines()[-1] for output in outputs] == [expected] * 2
-    assert [output.count("the training ends after this step") for output in outputs] == [int("0" in told), 0]
+    assert [expected in output.splitlines() for output in outputs] == [True, True], outputs
+    assert [output.count("the training ends after a step") for output in outputs] == [int("0" in told), 0]
     (tmp_path / "rendezvous").unlink(missing_ok=True)
     two_processes(tmp_path, "process")
     assert_same(contents(tmp_path), contents(unbroken_pair))
     assert lines(tmp_path) == lines(unbroken_pair)
 
 
-@pytest.mark.parametrize(("log_every", "expected"), [(5, [5, 10, 12]), (0, [10, 12])])
-def test_processes_ask_each_other_where_they_exchange_the_loss_and_at_the_end(monkeypatch, log_every, expected):
+@pytest.mark.parametrize(("log_every", "expected"), [(5, [5, 10, 12]), (0, [10, 12]), (50, [10, 12])])
+def test_processes_ask_each_other_within_ten_steps_and_at_the_end(monkeypatch, log_every, expected):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "largest", lambda number: max(number, signal.SIGINT))
     config = replace(CONFIG, log_every=log_every)
@@ -521,6 +521,24 @@ def test_learning_rate_warms_up_and_decays(schedule, half):
     assert factors[1000] == pytest.approx(0, abs=1e-12)
     assert max(factors) <= 1
     assert factors[9:] == sorted(factors[9:], reverse=True)
+
+
+def test_a_training_warms_up_anew_at_its_turns(tmp_path, monkeypatch):
+    rates = []
+
+    class Turning(Toy):
+        turns = (0.5,)
+
+    def watched(*arguments):
+        optimizer = _optimizer(*arguments)
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(training, "_optimizer", watched)
+    run(tmp_path, generator=Turning())
+    factors = [learning_rate_factor(step, CONFIG, (0.5,)) for step in range(CONFIG.steps)]
+    assert rates == pytest.approx([CONFIG.learning_rate * factor for factor in factors])
+    assert factors != [learning_rate_factor(step, CONFIG) for step in range(CONFIG.steps)]
 
 
 @pytest.mark.parametrize("turn", [0.5, 0.4996])

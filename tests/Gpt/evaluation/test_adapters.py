@@ -301,7 +301,11 @@ def test_two_processes_find_together_what_one_finds_and_each_does_a_part(tmp_pat
     calls = [[sys.executable, __file__, str(tmp_path), str(number)] for number in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [subprocess.Popen(call, env=environment, **pipes) for call in calls]
-    outputs = [child.communicate(timeout=200)[0] for child in children]
+    try:
+        outputs = [child.communicate(timeout=200)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()  # one that waits for a partner that has gone
     assert [child.returncode for child in children] == [0, 0], outputs
     found, parts = zip(*(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)), strict=True)
     assert list(found) == [expected, expected]
