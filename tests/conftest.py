@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Ctrl-C reaches the tests and the processes that they start, also where a shell has it ignored, as it does for
+    what it starts in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=["interpreter", "cuda"])
