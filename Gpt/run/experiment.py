@@ -212,7 +212,8 @@ class Experiment:
     @cached_property
     def generator(self) -> Generator:
         """The untrained generator; its parameters are a function of the seed."""
-        features = self.encoder.features if self.is_told_in_words else PROMPT_FEATURES["text"]
+        another = self.is_told_in_words and self.config.condition.encoder != DEFAULT_MODEL
+        features = self.encoder.features if another else PROMPT_FEATURES["text"]
         generator = build_generator(self.config, self.task.structure, features).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
         if self.config.distillation.weight:

@@ -529,12 +529,14 @@ def test_a_training_warms_up_anew_at_its_turns(tmp_path, monkeypatch):
     class Turning(Toy):
         turns = (0.5,)
 
-    def watched(*arguments):
-        optimizer = _optimizer(*arguments)
-        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
-        return optimizer
+    update = training.Session.update
 
-    monkeypatch.setattr(training, "_optimizer", watched)
+    def watched(session):
+        norm = update(session)
+        rates.append(session._optimizer.param_groups[0]["lr"])
+        return norm
+
+    monkeypatch.setattr(training.Session, "update", watched)
     run(tmp_path, generator=Turning())
     factors = [learning_rate_factor(step, CONFIG, (0.5,)) for step in range(CONFIG.steps)]
     assert rates == pytest.approx([CONFIG.learning_rate * factor for factor in factors])
