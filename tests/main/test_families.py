@@ -126,7 +126,7 @@ def test_a_run_from_before_encoders_could_be_chosen_was_told_by_the_default_one(
     """A folder of that name stands in for the packaged model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main, "save_figures", lambda *_: {})
-    encoder_folder("all-MiniLM-L6-v2", 24)
+    encoder_folder("all-MiniLM-L6-v2", 384)
     encoder_folder("other", 24)
     results = main.run(spoken())
     run = tmp_path / "runs" / "spoken"
