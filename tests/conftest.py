@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,21 @@ def ctrl_c():
     what it starts in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def outputs_of():
+    """`(processes, seconds) -> what each of them printed`, once all have ended; afterwards none is left, which would
+    wait for a partner that has gone."""
+
+    def wait(children: list[subprocess.Popen], seconds: int) -> list[str]:
+        try:
+            return [child.communicate(timeout=seconds)[0] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+
+    return wait
 
 
 @pytest.fixture(scope="session", params=["interpreter", "cuda"])

@@ -39,22 +39,21 @@ def test_one_process_does_everything():
         in_chunks(failing, COUNT, SIZE)
 
 
-def in_processes(folder: Path, part: str, count: int = 2) -> list[str]:
-    """Run a part of this file in several processes; they have to end well within the limit. Returns what they print."""
+def in_processes(folder: Path, part: str, count: int = 2) -> list[subprocess.Popen]:
+    """Run a part of this file in several processes, which have to end well within the limit."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     calls = [[sys.executable, __file__, part, str(folder), str(i), str(count)] for i in range(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    children = [subprocess.Popen(call, env=environment, **pipes) for call in calls]
-    return [child.communicate(timeout=100)[0] for child in children]
+    return [subprocess.Popen(call, env=environment, **pipes) for call in calls]
 
 
-def test_every_process_gets_the_rows_that_one_makes_and_the_errors_of_the_others(tmp_path):
-    outputs = in_processes(tmp_path, "share")
+def test_every_process_gets_the_rows_that_one_makes_and_the_errors_of_the_others(tmp_path, outputs_of):
+    outputs = outputs_of(in_processes(tmp_path, "share"), 100)
     assert [output.splitlines()[-1] for output in outputs] == ["done", "done"], outputs
 
 
-def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path):
-    survivor, dead = in_processes(tmp_path, "die")
+def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path, outputs_of):
+    survivor, dead = outputs_of(in_processes(tmp_path, "die"), 100)
     assert "done" not in survivor and "Error" in survivor
     assert "done" not in dead and "Error" not in dead
 

@@ -303,16 +303,17 @@ def test_one_that_is_told_to_stop_in_a_validation_keeps_what_it_found(tmp_path, 
     assert lines(tmp_path) == lines(unbroken)
 
 
-def two_processes(folder: Path, *mode: object) -> list[str]:
-    """Both end by themselves and well; returns what they print."""
-    children = [subprocess_of(folder, *mode, rank, 2) for rank in range(2)]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()  # one that waits for a partner that has gone
-    assert [child.returncode for child in children] == [0, 0], outputs
-    return outputs
+@pytest.fixture(scope="session")
+def two_processes(outputs_of):
+    """`(folder, *mode) -> what both print`; they end by themselves and well."""
+
+    def run_both(folder: Path, *mode: object) -> list[str]:
+        children = [subprocess_of(folder, *mode, rank, 2) for rank in range(2)]
+        outputs = outputs_of(children, 120)
+        assert [child.returncode for child in children] == [0, 0], outputs
+        return outputs
+
+    return run_both
 
 
 def assert_close(folder: Path, expected_folder: Path) -> None:
@@ -326,13 +327,13 @@ def assert_close(folder: Path, expected_folder: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], nan_ok=True)
 
 
-def test_two_processes_train_what_one_trains(tmp_path, unbroken):
+def test_two_processes_train_what_one_trains(tmp_path, unbroken, two_processes):
     two_processes(tmp_path, "process")
     assert_close(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("kind", SHARDED)
-def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_train_what_it_trains(tmp_path, kind):
+def test_two_processes_with_a_part_of_the_weights_each_train_what_one_trains(tmp_path, kind, two_processes):
     run(tmp_path / "one", MUON, SHARDED[kind]())
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         Killer(patch, 20)
@@ -343,14 +344,14 @@ def test_two_processes_with_a_part_of_the_weights_each_go_on_where_one_was_and_t
 
 
 @pytest.fixture(scope="module")
-def unbroken_pair(tmp_path_factory) -> Path:
+def unbroken_pair(tmp_path_factory, two_processes) -> Path:
     folder = tmp_path_factory.mktemp("unbroken-pair")
     two_processes(folder, "process")
     return folder
 
 
 @pytest.mark.parametrize(("step", "told"), [(4, "0"), (5, "1"), (6, "01")])
-def test_two_processes_stop_after_the_same_step_whoever_is_told(tmp_path, unbroken_pair, step, told):
+def test_two_processes_stop_after_the_same_step_whoever_is_told(tmp_path, unbroken_pair, step, told, two_processes):
     """Where they ask each other, every 2 steps here; the signal that both end with is the same."""
     outputs = two_processes(tmp_path, "stopped", step, told)
     stop = step + 2 - step % 2

@@ -293,7 +293,7 @@ def judged_in_small_pieces(task, zoo):
     return json.loads(json.dumps({"score": score, "found": found})), dict(done)
 
 
-def test_two_processes_find_together_what_one_finds_and_each_does_a_part(tmp_path, task, zoo, trained):
+def test_two_processes_find_together_what_one_finds_and_each_does_a_part(tmp_path, task, zoo, trained, outputs_of):
     """To the bit; pieces are no multiple of the processes, and those of the one validation task are fewer."""
     expected, done = judged_in_small_pieces(task, zoo)
     torch.save(trained, tmp_path / "trained.pt")
@@ -301,11 +301,7 @@ def test_two_processes_find_together_what_one_finds_and_each_does_a_part(tmp_pat
     calls = [[sys.executable, __file__, str(tmp_path), str(number)] for number in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [subprocess.Popen(call, env=environment, **pipes) for call in calls]
-    try:
-        outputs = [child.communicate(timeout=200)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()  # one that waits for a partner that has gone
+    outputs = outputs_of(children, 200)
     assert [child.returncode for child in children] == [0, 0], outputs
     found, parts = zip(*(json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)), strict=True)
     assert list(found) == [expected, expected]
