@@ -1,4 +1,4 @@
-"""RPG as published: Mamba-2 prototypes, and a 1-D convolutional DDPM that denoises every token by itself.
+"""RPG as published: prototypes from two Mamba-2 layers, and a 1-D convolutional DDPM that denoises every token by itself.
 
 Wang et al. 2025, "Recurrent Parameter Generation", arXiv 2501.11587; sizes and details as in the authors' code. It
 differs from that code where the code fails, and in what else is listed here, and only there:
@@ -43,6 +43,7 @@ LARGE_CHANNELS = (1, 64, 96, 64, 1)
 KERNEL = 7
 TIME_FEATURES = 256
 CONDITION_FEATURES = 1024
+STATE_SPACES = ("mamba2", "mamba")  # whose states are as large as the published sizes say
 HEAD_TOKENS = 8  # at a token size of 8192: the last norm and the head of the published ViT-Tiny
 
 
@@ -77,6 +78,8 @@ class RpgPaperConfig:
         identities: number of checkpoints (or runs) with an identity of their own; 0 with a condition.
         token_batch: how many tokens of a batch are denoised in a training step (None: all), and at once in sampling.
         sampler, steps: ddpm with 1,000 steps, or ddim with 60 for the large size.
+        backbone: what reads the positions, a key of `rpg.backbones.BACKBONES`: the paper's ablation of structures, where
+            LSTM, transformer and the first Mamba write as well as Mamba-2, and "none" (no recurrence) fails.
     """
 
     size: str = "base"
@@ -87,6 +90,7 @@ class RpgPaperConfig:
     token_batch: int | None = 1024
     sampler: str = "ddpm"
     steps: int = 1000
+    backbone: str = "mamba2"
 
 
 class TokenDenoiser(nn.Module):
@@ -195,8 +199,10 @@ class RpgPaper(Generator):
         self.position = PositionCode(config.position, coordinates, size.width)
         self.conditioner = _conditioner(config.condition, conditions, len(self.tokens), size.width)
         self.identities = nn.Embedding(config.identities, size.width) if config.identities else None
+        state = {"d_state": size.d_state} if config.backbone in STATE_SPACES else {}
+        bare = config.backbone != "transformer"  # of which theirs, too, are residual blocks
         self.backbone = build_backbone(
-            "mamba2", size.width, out_width=size.prototype_width, bare=True, depth=2, d_state=size.d_state
+            config.backbone, size.width, out_width=size.prototype_width, bare=bare, depth=2, **state
         )
         self.denoiser = TokenDenoiser(self.tokens.width, size.prototype_width, size.channels)
 

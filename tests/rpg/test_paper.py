@@ -150,6 +150,21 @@ def test_prototypes_look_back_only():
     assert not change[:7].any() and change[7:].all()
 
 
+@pytest.mark.parametrize("backbone", ["mamba2", "mamba", "hgrn2", "lstm", "gru", "transformer", "none"])
+def test_any_sequence_model_reads_the_positions(backbone, monkeypatch):
+    monkeypatch.setitem(PAPER_SIZES, "tiny", PaperSize(4, 32, 32, 8, (1, 4, 1)))
+    model = build(backbone=backbone)
+    x = model.position()[None].detach().requires_grad_()
+    middle = len(model.tokens) // 2
+    model.backbone(x)[0, middle].sum().backward()
+    reached = x.grad[0].abs().sum(1) > 0
+    assert reached[middle], "a prototype depends on its own position"
+    assert not reached[middle + 1 :].any(), "and never on later ones"
+    assert reached[:middle].any() == (backbone != "none"), "without recurrence not on earlier ones either"
+    model.loss(zoo(4), rng()).backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("settings", "rows"), [({}, 1), ({"identities": 3}, 5)])
 def test_prototypes_that_all_networks_share_are_computed_once(settings, rows):
