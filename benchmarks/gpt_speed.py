@@ -4,9 +4,9 @@
     python -m benchmarks.gpt_speed --device cuda --only 'train/mnist_paper/*' 'sample/mnist_paper/bfloat16 compiled'
     python -m benchmarks.gpt_speed --small
 
-Floors on one H100 (bfloat16 at 700 TFLOP/s, 3 TB/s). A training example of the published MNIST model takes 3 x 17.7
-GFLOP, so 13,000 samples/s; AdamW, clipping, averaging and casts move 66 bytes per parameter, 8 ms a step of 1,024. One
-denoising step of 160 networks is 2.83 TFLOP, 4.0 ms, so 25 ms per network with 1,000 steps. Our default model at width
+Floors on one H100 (bfloat16 at 700 TFLOP/s, 3 TB/s). A training example of the published MNIST model takes 3 x 17.2
+GFLOP, so 13,600 samples/s; AdamW, clipping, averaging and casts move 66 bytes per parameter, 8 ms a step of 1,024. One
+denoising step of 160 networks is 2.74 TFLOP, 3.9 ms, so 25 ms per network with 1,000 steps. Our default model at width
 1024 takes 3.3 GFLOP per network and step.
 
 Training is the loop of `Gpt.training`, batches drawn and permuted, with clipping, fused AdamW and averaged weights.

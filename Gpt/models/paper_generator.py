@@ -5,7 +5,6 @@ The diffusion is DDPM with x0-prediction and 1,000 ancestral steps. There is no 
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +124,8 @@ class PaperGpt(Generator):
         target = self.weight_scale * batch.target
         t = self.objective.draw_times(count, rng, device)
         noise = torch.randn(target.shape, generator=rng, device=device)
-        return self.objective.loss(self._network(self.network, batch.start, batch.prompt), target, t, noise).mean()
+        known = self._known(batch.start, batch.prompt)
+        return self.objective.loss(lambda x_t, t: self.network(x_t, t, *known), target, t, noise).mean()
 
     def write(
         self,
@@ -145,8 +145,10 @@ class PaperGpt(Generator):
         if guidance != 1:
             raise ConfigError(f"published G.pt has no null prompt for guidance: it must be 1, not {guidance:g}")
         model = self._half_precision_copy() if self.mixed_precision else self.network
+        known = self._known(start, prompt)
+        known = *known, model.constant_tokens(*known)
         step = Graphed(model, model) if self.graphs else model
-        return solve(self.objective.denoiser(self._network(step, start, prompt)), noise) / self.weight_scale
+        return solve(self.objective.denoiser(lambda x_t, t: step(x_t, t, *known)), noise) / self.weight_scale
 
     def _half_precision_copy(self) -> GptPaper:
         """The network with its linear layers in bfloat16: the numbers of autocast, to the bit.
@@ -161,15 +163,10 @@ class PaperGpt(Generator):
             model.compile_blocks()
         return model
 
-    def _network(self, model: Callable[..., Tensor], start: Float[Tensor, "B D"], prompt: Prompt):
-        """The denoiser `(x_t, t) -> x0 estimate` of one batch, in normalised units."""
+    def _known(self, start: Float[Tensor, "B D"], prompt: Prompt) -> tuple[Tensor, ...]:
+        """What the network reads beside noised weights and time: start in normalised units, its metric, the wanted."""
         if set(prompt) != {PROMPT} or prompt[PROMPT].shape != (len(start), 2):
             found = {name: list(value.shape) for name, value in prompt.items()}
             raise ConfigError(f"published G.pt takes the prompt {PROMPT} [{len(start)}, 2] and no other, not {found}")
-        begin = self.weight_scale * start
         before, wanted = prompt[PROMPT].unbind(1)
-
-        def network(x_t: Tensor, t: Tensor) -> Tensor:
-            return model(x_t, t, begin, before, wanted)
-
-        return network
+        return self.weight_scale * start, before, wanted

@@ -105,6 +105,37 @@ def test_the_network_is_that_of_the_paper():
     torch.testing.assert_close(model(*arguments), reference(model.state_dict(), *arguments, heads=4))
 
 
+@pytest.mark.parametrize(
+    ("policy", "constant"),
+    # Twice 23 weights and four codes of 257 in pieces of 5: in a row, pieces 5 to 8 and 61 to 214 hold neither.
+    [
+        ("chunk", 4 + 154),
+        ("chunk_within_input", 5 + 3 * 52),
+        ("chunk_within_layer", 7 + 3 * 52),
+        ("layer_by_layer", 4 + 3),
+    ],
+)
+def test_tokens_without_noise_and_time_are_encoded_once_for_all_steps(policy, constant):
+    model, (x_t, t, *known) = trained(policy), inputs()
+    tokens = model.constant_tokens(*known)
+    assert tokens.shape[1] == constant
+    for step in (t, (t + 400) % 1000):  # whatever the noise and the time, they stand for themselves
+        assert torch.equal(model(x_t * step[:, None], step, *known, tokens), model(x_t * step[:, None], step, *known))
+    encoded = []
+    for encoder in model.decoder.input_parameter_projections:
+        encoder.register_forward_hook(lambda *_: encoded.append(1))
+    model(x_t, t, *known, tokens)
+    assert len(encoded) + constant == len(model.decoder.input_splits)
+
+
+def test_the_last_block_computes_what_is_decoded_and_no_more():
+    model, widths = trained(), []
+    for block in model.decoder.blocks:
+        block.mlp.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    model(*inputs())
+    assert widths == [len(model.decoder.input_splits), len(model.decoder.output_parameter_projections)]
+
+
 def test_attention_is_unmasked():
     """Without a mask the order of tokens is nothing to attention: permuting them permutes its output."""
     attention = SelfAttention(16, 4).double()
