@@ -1,4 +1,4 @@
-"""RPG as published: prototypes from two Mamba-2 layers, and a 1-D convolutional DDPM that denoises every token by itself.
+"""RPG as published: prototypes from two Mamba-2 layers, a 1-D convolutional DDPM that denoises every token by itself.
 
 Wang et al. 2025, "Recurrent Parameter Generation", arXiv 2501.11587; sizes and details as in the authors' code. It
 differs from that code where the code fails, and in what else is listed here, and only there:
@@ -78,8 +78,8 @@ class RpgPaperConfig:
         identities: number of checkpoints (or runs) with an identity of their own; 0 with a condition.
         token_batch: how many tokens of a batch are denoised in a training step (None: all), and at once in sampling.
         sampler, steps: ddpm with 1,000 steps, or ddim with 60 for the large size.
-        backbone: what reads the positions, a key of `rpg.backbones.BACKBONES`: the paper's ablation of structures, where
-            LSTM, transformer and the first Mamba write as well as Mamba-2, and "none" (no recurrence) fails.
+        backbone: what reads the positions, a key of `rpg.backbones.BACKBONES`: the paper's ablation of structures,
+            where LSTM, transformer and the first Mamba write as well as Mamba-2, and "none" (no recurrence) fails.
     """
 
     size: str = "base"
