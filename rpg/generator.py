@@ -47,7 +47,8 @@ class RpgConfig:
         identities: how many training runs have an identity of their own (RPG's "permutation state"), which a prompt
             names as "identity", Int `[B]`; 0 for networks that share one basin, or tokens that do not mind.
         sampler, steps: default sampling.
-        weights_per_pass: how many weights are denoised at once; bounds the memory of sampling.
+        weights_per_pass: how many weights are denoised at once; bounds the memory of sampling. The tokens of a network
+            meet, so that one with more weights is a pass of its own.
     """
 
     policy: str = "neuron"
@@ -136,8 +137,8 @@ class Rpg(Generator):
     ) -> Float[Tensor, "B D"]:
         """Networks out of noise. A network without an identity in the prompt draws one.
 
-        Each pass denoises at most `config.weights_per_pass` weights at a time, which changes nothing but the memory
-        taken, unless the sampler is stochastic: its draws follow the passes.
+        Each pass denoises as many networks as `config.weights_per_pass` weights hold, one at least, which changes
+        nothing but the memory taken, unless the sampler is stochastic: its draws follow the passes.
         """
         conditions, identity = split_identity(prompt)
         if self.identities is not None and identity is None:

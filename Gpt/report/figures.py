@@ -218,18 +218,19 @@ def wrong_predictions(results: Results) -> Figure:
     """Overlap of wrong predictions against the distance to the nearest training network, one point per set.
 
     Noise of growing scale draws a line: what lies below it differs from its nearest training network by more than the
-    distance alone would make it.
+    distance alone would make it. Copies, at no distance, stand at the left edge.
     """
-    sets = [(n, n.error_overlap) for n in results.novelty if n.error_overlap is not None and n.distance > 0]
+    sets = [(n, n.error_overlap) for n in results.novelty if n.error_overlap is not None]
     sets = _present(sets, "overlaps of wrong predictions")
+    edge = min((n.distance_ratio for n, _ in sets if n.distance > 0), default=1.0) / 3
     figure = new_figure(9.0, 5.8)
     axis = figure.subplots()
-    ladder = sorted((n.distance_ratio, overlap) for n, overlap in sets if n.name.startswith("noise"))
+    ladder = sorted((max(edge, n.distance_ratio), overlap) for n, overlap in sets if n.name.startswith("noise"))
     axis.plot([x for x, _ in ladder], [y for _, y in ladder], color=MUTED, lw=1.2, zorder=1)
     markers = _markers(results.novelty)
     for row, overlap in sets:
         look = {"color": COLOURS[row.kind], "ms": 9, "label": row.name, "ls": "none"}
-        axis.plot([row.distance_ratio], [overlap], markers[row.name], **look)
+        axis.plot([max(edge, row.distance_ratio)], [overlap], markers[row.name], **look)
     axis.set_xscale("log")
     axis.axvline(1.0, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
     axis.set_xlabel("distance to the nearest training network (1 = between training networks)")

@@ -69,7 +69,7 @@ CAPTIONS = {
     "wrong_predictions": (
         "How alike networks err, against how far apart their weights are; one point per set of networks. Noise of "
         "growing scale draws the line. What lies below it errs otherwise than its distance would explain; copies lie "
-        "at the upper left."
+        "at the upper left, those to the bit at the left edge, as a logarithmic axis has no place for no distance."
     ),
     "training": "The generator's training. Pale lines are single values, bold lines their running average.",
 }

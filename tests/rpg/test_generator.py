@@ -110,8 +110,21 @@ def test_sampling_in_passes_is_sampling_at_once(policy, backbone):
     model = untrained(policy=policy, backbone=backbone, weights_per_pass=3 * STRUCTURE.size, identities=5)
     whole = untrained(policy=policy, backbone=backbone, identities=5)
     prompt = {"class_mask": torch.rand(7, 2, generator=torch.Generator().manual_seed(0))}
-    parts, at_once = (m.sample(prompt, steps=3, guidance=2.0, seed=4) for m in (model, whole))
-    torch.testing.assert_close(parts, at_once, rtol=1e-4, atol=1e-5)
+    written, sizes = [], []
+    for m in (model, whole):
+        seen = []
+        m.denoiser.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(len(inputs[0])))
+        written.append(m.sample(prompt, steps=3, guidance=2.0, seed=4))
+        sizes.append(seen)
+    torch.testing.assert_close(*written, rtol=1e-4, atol=1e-5)
+    assert sizes == [[3] * 6 + [3] * 6 + [1] * 6, [7] * 6]  # three steps, each with the prompt and without
+
+
+def test_a_network_larger_than_a_pass_is_a_pass_of_its_own():
+    model, seen = untrained(weights_per_pass=STRUCTURE.size - 1), []
+    model.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    assert len(model.sample({}, count=3, steps=1)) == 3
+    assert seen == [1, 1, 1]
 
 
 def test_prototypes_that_all_networks_share_are_computed_once():

@@ -207,8 +207,11 @@ def test_batches_of_tokens_write_the_same_networks(condition, conditions, prompt
     prompt = {name: value for name, value in prompt.items() if name in conditions}
     settings = {"condition": condition, "identities": 0 if conditions else 4}
     parts, whole = build(conditions, token_batch=7, **settings), build(conditions, **settings)
+    seen = []
+    parts.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     written = [model.sample(prompt, count=3, seed=5) for model in (parts, whole)]
     torch.testing.assert_close(*written, rtol=1e-4, atol=1e-5)
+    assert set(seen) == {7, 3 * len(parts.tokens) % 7}  # nothing larger is ever in memory
     assert parts.training
     assert torch.equal(written[0], parts.sample(prompt, count=3, seed=5))
     assert not torch.equal(written[0], parts.sample(prompt, count=3, seed=6))

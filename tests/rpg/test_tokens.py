@@ -156,6 +156,32 @@ def test_adapters_are_structures_like_any_other():
     assert sizes[4:7] == [64] * 3
 
 
+def test_an_adapter_of_peft_survives_tokens_and_peft_loads_it():
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> nn.Module:
+        net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for parameter in net.parameters():
+                nn.init.normal_(parameter)
+            config = peft.LoraConfig(r=2, target_modules=["0", "2"], use_dora=True, init_lora_weights=False)
+            return peft.get_peft_model(net, config)
+
+    trained, fresh, x, adapter_of = adapted(), adapted(), gaussian(4, 6), peft.get_peft_model_state_dict
+    state = {key: gaussian(*value.shape, seed=i) for i, (key, value) in enumerate(adapter_of(trained).items())}
+    peft.set_peft_model_state_dict(trained, state)
+    structure = Structure.of(state)
+    assert len(structure.tensors) == 6  # A, B and magnitudes of two layers
+    for policy in CUTS:
+        tokens = cut(structure, policy, 4)
+        returned = structure.state_dict(tokens.decode(tokens.encode(structure.flatten(state)[None]))[0])
+        assert_same(returned, adapter_of(trained))
+    assert not torch.equal(fresh(x), trained(x))
+    peft.set_peft_model_state_dict(fresh, returned)
+    assert torch.equal(fresh(x), trained(x))
+
+
 @pytest.fixture
 def networks() -> tuple[Structure, torch.Tensor]:
     """Forty networks, half of whose BatchNorm never moved."""

@@ -176,8 +176,13 @@ def test_a_set_of_networks_has_one_marker_in_all_figures(synthetic_results):
     assert alone.items() <= overlaps.items() <= beside.items()
 
 
-def test_copies_have_no_place_on_the_logarithmic_axis_of_distances(synthetic_results):
-    axis = figures.wrong_predictions(synthetic_results).axes[0]
-    labels = axis.get_legend_handles_labels()[1]
-    assert "retrieval" not in labels and {"G.pt", "soup", "noise 0.2"} <= set(labels)
-    assert axis.get_xscale() == "log"
+def test_copies_stand_at_the_left_edge_of_the_logarithmic_axis_of_distances(synthetic_results):
+    copy, *others = synthetic_results.novelty
+    copying = dataclasses.replace(copy, distance=0.0, distance_ratio=0.0)
+    axis = figures.wrong_predictions(dataclasses.replace(synthetic_results, novelty=[copying, *others])).axes[0]
+    places = {line.get_label(): line.get_xdata()[0] for line in axis.lines}
+    assert {copy.name, "retrieval", "soup", "noise 0.2"} <= set(places)
+    moved = [n for n in synthetic_results.novelty if n.name not in (copy.name, "retrieval")]
+    assert all(places[n.name] == n.distance_ratio for n in moved)
+    assert 0 < places[copy.name] == places["retrieval"] < min(n.distance_ratio for n in moved)
+    assert axis.get_xscale() == "log" and axis.get_xlim()[0] < places[copy.name]

@@ -1,5 +1,6 @@
 """Every backbone behind the one interface: stretches and steps, causality, parameter names, precision, errors."""
 
+import importlib.util
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from Gpt.errors import ConfigError
-from rpg.backbones import BACKBONES, build_backbone
+from rpg.backbones import BACKBONES, build_backbone, kernels
 
 WIDTH = 32
 SMALL = {
@@ -331,6 +332,21 @@ def test_cuda_equals_cpu(name):
         outputs.append([t.detach().clone().cpu() for t in (y, stretch, rest, *(p.grad for p in backbone.parameters()))])
     for cpu, cuda in zip(*outputs, strict=True):
         assert (cpu - cuda).norm() <= 1e-2 * cpu.norm() + 1e-6  # kernels multiply in TF32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("mamba2", "mamba_ssm"), ("mamba", "mamba_ssm"), ("hgrn2", "fla"), ("mamba2", "causal_conv1d")],
+)
+def test_the_kernels_of_an_installed_package_are_used_on_cuda(name, package, monkeypatch):
+    """Where none loads, the comparison of devices above is of PyTorch with PyTorch."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    found, load = {}, kernels.load
+    monkeypatch.setattr(kernels, "load", lambda path: found.setdefault(path.partition(".")[0], load(path)))
+    build(name).cuda()(noise(2, 130, WIDTH, dtype=torch.float32).cuda())
+    assert found[package] is not None
 
 
 # ---- errors ----
