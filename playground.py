@@ -25,45 +25,37 @@ import contextlib
 import dataclasses
 import json
 import math
-import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from yaml import YAMLError
 
-from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
 from Gpt.checkpoint import save_tensors
 from Gpt.config import RunConfig, checked
-from Gpt.errors import CheckpointError, ConfigError, nearest
-from Gpt.evaluation.population import test_population
+from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.prompting import Starts
-from Gpt.evaluation.reading import kept_reader
-from Gpt.evaluation.writing import Request, Writer
-from Gpt.generator import Generator, Prompt
-from Gpt.masks import MaskSplit
-from Gpt.population.functional import stack_initial
+from Gpt.generator import Generator
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
 from Gpt.run.command_line import guard, launch
 from Gpt.run.experiment import Experiment
 from Gpt.run.folder import stored_config
-from Gpt.seeds import derive_seed, rng
+from Gpt.run.trained import COUNT, TrainedRun, Wish, bits, moved
+from Gpt.seeds import rng
 from Gpt.tasks import Task
-from Gpt.vocabulary import CLASSES
 from rpg.generator import IDENTITY
 from rpg.write_adapter import read_tasks, write_adapter
 
-COUNT = 8
 NETWORK = "network-{:03d}.safetensors"
 WORDS = ("prompt", "prompts", "mask", "base_name", "out")  # options whose values are taken as they are
 WHERE = ("run.", "data.root=", "data.download=", "device=", "logger")  # settings that leave a run what it is
@@ -107,30 +99,6 @@ class PlaygroundConfig:
         return {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What every network is asked for.
-
-    Attributes:
-        wanted: metric, of a generator that is prompted with one.
-        mask: the classes to pick out, which networks are measured on; None for a single task.
-        told: the prompt that is the same for all networks, by condition, without the batch axis.
-    """
-
-    wanted: float | None = None
-    mask: Bool[Tensor, " classes"] | None = None
-    told: Prompt = field(default_factory=dict)
-
-    def request(self, count: int, starts: Starts | None, device: torch.device) -> Request:
-        """The wish for `count` networks, from the starts in turn."""
-        prompt = {name: value.to(device).expand(count, *value.shape) for name, value in self.told.items()}
-        rows = torch.arange(count) % (len(starts.weights) if starts else 1)
-        if self.wanted is not None:
-            before = starts.metric[rows].float() if starts else torch.full((count,), torch.nan)
-            prompt["target_metric"] = torch.stack([before, torch.full_like(before, self.wanted)], 1).to(device)
-        return Request(count, prompt, starts.weights[rows] if starts else None)
-
-
 def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
     """Write networks and the walk, or adapters; returns the folder.
 
@@ -139,26 +107,14 @@ def play(experiment: Experiment, config: PlaygroundConfig) -> Path:
         ConfigError: the generator cannot be asked for that.
         DataError: the file of prompts cannot be read.
     """
-    generator = trained_generator(experiment)
+    run = TrainedRun(experiment)
+    generator = run.generator  # before anything else is asked for
     folder = Path(config.out) if config.out else experiment.folder / "playground"
-    if isinstance(experiment.task.family, AdapterFamily):
-        write_adapters(generator, experiment.task, config, folder)
+    if isinstance(run.task.family, AdapterFamily):
+        write_adapters(generator, run.task, config, folder)
     else:
-        write_networks(generator, experiment, config, folder)
+        write_networks(run, config, folder)
     return folder
-
-
-def trained_generator(experiment: Experiment) -> Generator:
-    """The run's generator.
-
-    Raises:
-        CheckpointError: it was not trained yet.
-    """
-    if experiment.config.resume_path is None and not experiment.checkpoints.exists():
-        settings = [f"run.name={experiment.config.run.name}"] if experiment.config.run.name else []
-        command = shlex.join(["python", "main.py", "--config-name", experiment.name, *settings])
-        raise CheckpointError(f"there is no trained generator in {experiment.folder}; train one with: {command}")
-    return experiment.trained()
 
 
 def write_adapters(generator: Generator, task: Task, config: PlaygroundConfig, folder: Path) -> None:
@@ -178,16 +134,22 @@ def write_adapters(generator: Generator, task: Task, config: PlaygroundConfig, f
         print(f"{folder / name}: an adapter, {1000 * seconds:.0f} ms from text to weights; prompts: {len(prompts)}")
 
 
-def write_networks(generator: Generator, experiment: Experiment, config: PlaygroundConfig, folder: Path) -> None:
-    """Networks, what they measure, and a walk."""
-    task, metric, device = experiment.task, f"validation_{experiment.task.metric}", experiment.device
-    wish, count = asked(experiment, config), config.count or COUNT
+def write_networks(run: TrainedRun, config: PlaygroundConfig, folder: Path) -> None:
+    """Networks, what they measure, and a walk.
+
+    Raises:
+        ConfigError: the generator cannot be asked for that, or has to be told more.
+    """
+    if config.prompts is not None or config.base_name:
+        raise ConfigError("prompts, base_name: they are for adapters of a language model; give one sentence, prompt=…")
+    task, metric = run.task, f"validation_{run.task.metric}"
+    wish, count = run.wish(wanted=config.wanted, mask=config.mask, prompt=config.prompt), config.count or COUNT
+    print("".join(f"{line}\n" for line in wish.understood), end="")
     folder.mkdir(parents=True, exist_ok=True)
-    writer = Writer(generator, max_batch=experiment.config.evaluation.max_batch, **config.sampling)
-    starts = fresh_starts(task, count, config.seed, wish.mask, device) if generator.needs_start else None
-    weights = writer(wish.request(count, starts, device), "playground")
+    starts = run.fresh_starts(count, config.seed, wish.mask) if run.generator.needs_start else None
+    weights = run.grant(wish, count, starts, **config.sampling)
     scores = {f"start_{metric}": starts.metric} if starts else {}
-    scores |= measured(task, weights, "validation", wish.mask) | measured(task, weights, "test", wish.mask)
+    scores |= run.measure(weights, "validation", wish.mask) | run.measure(weights, "test", wish.mask)
     if wish.wanted is not None:
         print(f"asked for {metric.replace('_', ' ')} {wish.wanted:g}")
     elif wish.mask is None:
@@ -201,9 +163,9 @@ def write_networks(generator: Generator, experiment: Experiment, config: Playgro
         networks.append({"file": file} | {name: _finite(values[i]) for name, values in scores.items()})
     understood = {"wanted": wish.wanted, "mask": None if wish.mask is None else bits(wish.mask), "count": count}
     options = dataclasses.asdict(config) | understood
-    facts = {"task": task.name, "run": str(experiment.folder), "options": options, "networks": networks}
+    facts = {"task": task.name, "run": str(run.experiment.folder), "options": options, "networks": networks}
     if config.keyframes:
-        along = walk(writer, wish, config, task, starts, folder / "walk.gif")
+        along = walk(run, wish, config, starts, folder / "walk.gif")
         facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
     (folder / "networks.json").write_text(json.dumps(facts, indent=1))
     print(f"{count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
@@ -217,140 +179,26 @@ def remove_former(folder: Path) -> None:
             (folder / NETWORK.format(i)).unlink(missing_ok=True)
 
 
-def asked(experiment: Experiment, config: PlaygroundConfig) -> Wish:
-    """What the options ask for, as far as this generator can be asked.
-
-    Raises:
-        ConfigError: it cannot be asked for that, or has to be told more.
-    """
-    if config.prompts is not None or config.base_name:
-        raise ConfigError("prompts, base_name: they are for adapters of a language model; give one sentence, prompt=…")
-    wanted = asked_metric(experiment, config)
-    if experiment.task.family is not None:
-        return Wish(wanted, *asked_classes(experiment, config))
-    if config.prompt is not None or config.mask is not None:
-        raise ConfigError(
-            f"prompt, mask: task {experiment.task.name!r} is a single task; networks for chosen classes come from a "
-            "family of class masks, such as --config-name digits_mask_rpg"
-        )
-    return Wish(wanted)
-
-
-def asked_metric(experiment: Experiment, config: PlaygroundConfig) -> float | None:
-    """The metric that networks are asked for; None if the generator does not know that prompt.
-
-    Raises:
-        ConfigError: a metric is wanted of a generator that does not know it.
-    """
-    names = experiment.config.condition.names
-    if "target_metric" in names:
-        return experiment.task.best_prompt if config.wanted is None else config.wanted
-    if config.wanted is not None:
-        raise ConfigError(
-            f"wanted={config.wanted:g}: this generator is not prompted with a metric (condition.names={names})"
-        )
-    return None
-
-
-def asked_classes(experiment: Experiment, config: PlaygroundConfig) -> tuple[Bool[Tensor, " classes"], Prompt]:
-    """The classes to pick out, printed with how they were understood, and what the generator is told of them.
-
-    One that knows sentences is handed the sentence, one that knows masks the mask, as read off the sentence or given.
-
-    Raises:
-        ConfigError: it is not said which classes, or what is said leaves nothing to tell apart.
-    """
-    task, known, told = experiment.task, experiment.config.condition.names, Prompt()
-    names = CLASSES[task.vocabulary] if task.vocabulary else tuple(str(i) for i in range(masks.CLASSES))
-    ways = {"prompt": 'prompt="all even digits"'} | ({"mask": "mask=1010101010"} if "class_mask" in known else {})
-    if [way for way in ("prompt", "mask") if getattr(config, way) is not None] not in [[way] for way in ways]:
-        raise ConfigError(f"say which classes to pick out, by {' or by '.join(ways.values())}")
-    if config.prompt is not None:
-        if task.vocabulary is None:
-            raise ConfigError(f"task {task.name!r} has no vocabulary for sentences; give mask=…")
-        reader = kept_reader(task.vocabulary, experiment.encoder)
-        reading = reader.read(config.prompt)
-        mask = reading.require()
-        sure = ", ".join(f"{name} {p:.2f}" for name, p in zip(names, reading.probabilities.tolist(), strict=True))
-        print(f"“{config.prompt}” was read as: {sure}")
-        if reading.unsure:
-            print(f"not sure about {', '.join(reading.unsure)}; other words may be clearer")
-        if "text" in known:
-            told["text"] = reader.embed([config.prompt])[0]
-    else:
-        mask = mask_of_bits(config.mask or "", len(names))
-    if mask.all() or not mask.any():
-        raise ConfigError("all classes, or none of them, leave nothing to tell apart; choose some of them")
-    chosen = ", ".join(name for name, inside in zip(names, mask.tolist(), strict=True) if inside)
-    print(f"networks that pick out {chosen} (mask {bits(mask)}, {mask_role(task.family, mask)})")
-    if "class_mask" in known:
-        told["class_mask"] = mask.float()
-    return mask, told
-
-
-def mask_of_bits(text: str, classes: int) -> Bool[Tensor, " classes"]:
-    """`1010101010` as a mask.
-
-    Raises:
-        ConfigError: it is not one bit for each class.
-    """
-    if len(text) != classes or set(text) - {"0", "1"}:
-        raise ConfigError(f"mask={text}: expected {classes} bits, one for each class, such as {'10' * (classes // 2)}")
-    return torch.tensor([bit == "1" for bit in text])
-
-
-def bits(mask: Bool[Tensor, " classes"]) -> str:
-    return "".join("1" if inside else "0" for inside in mask.tolist())
-
-
-def mask_role(family: MaskSplit, mask: Bool[Tensor, " classes"]) -> str:
-    """What a mask was used for in training."""
-    roles = {
-        "held out for testing": family.test_masks,
-        "held out for validation": family.validation_masks,
-        "seen in training": family.train_masks,
-    }
-    return next((role for role, members in roles.items() if (members == mask).all(1).any()), "not seen in training")
-
-
-def measured(
-    task: Task, weights: Float[Tensor, "n D"], split: str, mask: Bool[Tensor, " classes"] | None
-) -> dict[str, Float[Tensor, " n"]]:
-    """The metrics of networks, of a family on this mask."""
-    if mask is None:
-        return test_population(task, weights, split)
-    return test_population(task, weights, split, mask.expand(len(weights), -1))
-
-
-def fresh_starts(
-    task: Task, count: int, seed: int, mask: Bool[Tensor, " classes"] | None, device: torch.device
-) -> Starts:
-    """New initialisations, which no zoo holds."""
-    seeds = [derive_seed(seed, "playground", "start", i) for i in range(count)]
-    weights = stack_initial(task.constructor, task.structure, seeds).to(device)
-    return Starts("fresh starts", weights, measured(task, weights, "validation", mask)[f"validation_{task.metric}"])
-
-
 def walk(
-    writer: Writer, wish: Wish, config: PlaygroundConfig, task: Task, starts: Starts | None, path: Path
+    run: TrainedRun, wish: Wish, config: PlaygroundConfig, starts: Starts | None, path: Path
 ) -> Float[Tensor, " networks"]:
     """Animate the networks along a closed loop of noise, from the first start; returns their validation metrics.
 
     A generator of several runs' networks keeps to the first run's identity.
     """
-    generator, name = writer.generator, f"validation_{task.metric}"
-    device = next(generator.parameters()).device
+    generator, task, device, name = run.generator, run.task, run.device, f"validation_{run.task.metric}"
     shape = config.keyframes, *generator.noise_shape
     keyframes = torch.randn(shape, generator=rng(device, config.seed, "playground", "walk"), device=device)
     if generator.identities is not None:
         wish = replace(wish, told=wish.told | {IDENTITY: torch.tensor(0)})
     first = starts and replace(starts, weights=starts.weights[:1], metric=starts.metric[:1])
     filters, metric = [], []
-    for noise in slerp_loop(keyframes, config.frames).split(min(config.frames, writer.max_batch)):
+    at_once = min(config.frames, run.experiment.config.evaluation.max_batch)
+    for noise in slerp_loop(keyframes, config.frames).split(at_once):
         request = wish.request(len(noise), first, device)
         weights = generator.sample(request.prompt, request.start, count=len(noise), noise=noise, **config.sampling)
         filters.append(first_layer_filters(task.structure, weights))  # of large networks, all that is kept
-        metric.append(measured(task, weights, "validation", wish.mask)[name])
+        metric.append(run.measure(weights, "validation", wish.mask)[name])
     along = torch.cat(metric)
     walk_gif(np.concatenate(filters), along.tolist(), path, name=name.replace("_", " "))
     return along
@@ -390,8 +238,7 @@ def run_of(config: RunConfig, name: str, settings: list[str]) -> Experiment:
     stored = None if settings else stored_config(given.folder)
     if stored is None:
         return given
-    data = replace(stored.data, root=config.data.root or stored.data.root)
-    return Experiment(replace(stored, data=data, run=config.run, device=config.device), name)
+    return Experiment(moved(stored, given.folder, config.device, config.data.root), name)
 
 
 def _finite(value: Float[Tensor, ""]) -> float | None:

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from small_runs import EVEN, SHORT, TINY, experiment, masked_experiment, store_generator
 
-import playground
 from Gpt.errors import ConfigError
 from Gpt.generator import Batch
+from Gpt.run.trained import TrainedRun, mask_role
 from playground import PlaygroundConfig, play
 
 
@@ -35,11 +35,11 @@ def test_a_mask_is_written_for_and_measured_on_its_classes(masked, capsys):
 
 def test_the_role_of_a_mask():
     family = masked_experiment().task.family
-    roles = {playground.mask_role(family, mask) for mask in family.test_masks}
+    roles = {mask_role(family, mask) for mask in family.test_masks}
     assert roles == {"held out for testing"}
-    assert playground.mask_role(family, family.validation_masks[0]) == "held out for validation"
-    assert playground.mask_role(family, family.train_masks[0]) == "seen in training"
-    assert playground.mask_role(family, ~family.test_masks[0]) == "not seen in training"
+    assert mask_role(family, family.validation_masks[0]) == "held out for validation"
+    assert mask_role(family, family.train_masks[0]) == "seen in training"
+    assert mask_role(family, ~family.test_masks[0]) == "not seen in training"
 
 
 def test_starts_of_a_family_are_measured_on_the_mask(masked):
@@ -51,7 +51,7 @@ def test_starts_of_a_family_are_measured_on_the_mask(masked):
     folder = play(trained, PlaygroundConfig(count=3, keyframes=0, mask=EVEN, wanted=5.0))
     task, mask = trained.task, torch.arange(10) % 2 == 0
     for i, entry in enumerate(json.loads((folder / "networks.json").read_text())["networks"]):
-        start = playground.fresh_starts(task, 3, 0, mask, torch.device("cpu")).weights[i]
+        start = TrainedRun(trained).fresh_starts(3, 0, mask).weights[i]
         network = task.constructor()
         network.load_state_dict(task.structure.state_dict(start))
         with torch.no_grad():

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from small_runs import EVEN, MASKED, SHORT, TINY, experiment, store_rpg
 
-import playground
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.prompting import Starts
-from playground import PlaygroundConfig, Wish, play
+from Gpt.run.trained import TrainedRun, Wish
+from playground import PlaygroundConfig, play
 
 
 def test_networks_are_complete_and_measure_what_is_written_beside_them(here, capsys):
@@ -70,9 +70,9 @@ def test_what_networks_are_asked_for(needs_start):
 def test_a_generator_without_prompt_is_asked_for_nothing():
     assert Wish().request(2, None, torch.device("cpu")).prompt == {}
     unprompted = experiment("condition=none")
-    assert playground.asked_metric(unprompted, PlaygroundConfig()) is None
+    assert TrainedRun(unprompted).wish() == Wish()
     with pytest.raises(ConfigError, match=r"wanted=0\.2.*not prompted"):
-        playground.asked_metric(unprompted, PlaygroundConfig(wanted=0.2))
+        TrainedRun(unprompted).wish(wanted=0.2)
 
 
 def test_a_few_networks_are_the_first_of_many(here):
@@ -99,7 +99,7 @@ def test_networks_of_a_larger_count_before_are_removed_and_nothing_else(here):
 
 def test_a_broken_network_is_recorded_as_valid_json(here, monkeypatch):
     columns = {"validation_loss": torch.tensor([float("inf"), float("nan"), 0.5])}
-    monkeypatch.setattr(playground, "test_population", lambda task, weights, split: columns)
+    monkeypatch.setattr("Gpt.run.trained.test_population", lambda task, weights, split: columns)
     folder = play(experiment(*TINY), PlaygroundConfig(count=3, keyframes=0))
     networks = json.loads((folder / "networks.json").read_text(), parse_constant=pytest.fail)["networks"]
     assert [network["validation_loss"] for network in networks] == [None, None, 0.5]

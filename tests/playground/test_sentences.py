@@ -11,6 +11,7 @@ from Gpt import text
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation import reading
 from Gpt.run.folder import create_folder
+from Gpt.run.trained import TrainedRun, bits
 from Gpt.text import SentenceReader, TextHead
 from Gpt.vocabulary import CLASSES, load_vocabulary
 from playground import PlaygroundConfig, play
@@ -69,10 +70,10 @@ def test_a_generator_that_knows_sentences_is_handed_the_sentence(masked, monkeyp
     monkeypatch.setattr("Gpt.run.experiment.find_model", lambda model: None)
     settings = (f"condition.names=[{names}]", "run.name=spoken")
     store_rpg(masked_experiment(*settings), {})
-    request = playground.asked(masked_experiment(*settings), PlaygroundConfig(prompt="zero and three"))
+    request = TrainedRun(masked_experiment(*settings)).wish(prompt="zero and three")
     assert set(request.told) == set(names.split(","))
     assert torch.equal(request.told["text"], Keywords()(["zero and three"])[0])
-    assert playground.bits(request.mask) == "1001000000"
+    assert bits(request.mask) == "1001000000"
     one = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="zero and three", out="one"))
     same = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="three, zero", out="same"))
     other = play(masked_experiment(*settings), PlaygroundConfig(**SHORT, prompt="zero and two", out="other"))
@@ -105,7 +106,7 @@ def test_a_sentence_is_embedded_by_the_encoder_that_the_run_was_trained_with(
     store_rpg(spoken, {"class_mask": torch.ones(8, 10), "text": torch.randn(8, 24)})
     plain = experiment("run.name=masked", name="digits_text_rpg")
     found = playground.run_of(plain.config, "digits_text_rpg", [])
-    asked_for = playground.asked(found, PlaygroundConfig(prompt="not 7")).told["text"]
+    asked_for = TrainedRun(found).wish(prompt="not 7").told["text"]
     assert torch.equal(asked_for, text.SentenceEncoder("small")(["not 7"])[0])
     play(found, PlaygroundConfig(count=1, keyframes=0, mask=EVEN))
     other = experiment(*MASKED, "condition.encoder=other", name="digits_text_rpg")

@@ -9,6 +9,7 @@ from small_runs import MASKED, SHORT, TINY, experiment, store_rpg
 
 import playground
 from Gpt.report.walk import slerp_loop
+from Gpt.run.trained import TrainedRun
 from Gpt.seeds import rng
 from playground import PlaygroundConfig, play
 
@@ -27,7 +28,7 @@ def test_the_walk_is_a_loop_from_one_start(here, monkeypatch):
     # The same networks, from the generator itself.
     trained = experiment(*TINY)
     generator, task = trained.trained(), trained.task
-    start = playground.fresh_starts(task, 2, 0, None, torch.device("cpu"))
+    start = TrainedRun(trained).fresh_starts(2, 0, None)
     keyframes = torch.randn(3, task.structure.size, generator=rng("cpu", 0, "playground", "walk"))
     prompt = {"target_metric": torch.tensor([[start.metric[0], task.best_prompt]]).expand(12, 2)}
     networks = generator.sample(prompt, start.weights[:1].expand(12, -1), noise=slerp_loop(keyframes, 4))

@@ -1,0 +1,99 @@
+"""Runs opened from Python: the networks are those of playground.py, from starts of one's own too."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import EVEN, TINY, experiment, masked_experiment, store_generator
+
+from Gpt.errors import CheckpointError, ConfigError, StructureError
+from Gpt.networks import MLP
+from Gpt.run.folder import create_folder
+from Gpt.run.trained import open_run
+from Gpt.seeds import derive_seed
+from playground import PlaygroundConfig, play
+
+
+@pytest.fixture
+def stored(here):
+    """The folder of a run with its settings beside its generator, moved since."""
+    trained = experiment(*TINY, "trainer.precision=float32")  # bfloat16 products round by the size of their batch
+    create_folder(trained.config, trained.folder)
+    return shutil.move(trained.folder, here / "elsewhere")
+
+
+def test_networks_are_those_of_the_playground(here, stored):
+    run = open_run(stored, device="cpu")
+    weights = run.write(3, wanted=0.2, seed=5)
+    shutil.copytree(stored, here / "runs" / "tiny")
+    config = PlaygroundConfig(count=3, keyframes=0, wanted=0.2, seed=5)
+    folder = play(experiment(*TINY, "trainer.precision=float32"), config)
+    for i, row in enumerate(weights):
+        for name, value in load_file(folder / f"network-00{i}.safetensors").items():
+            assert torch.equal(run.task.structure.state_dict(row)[name], value)
+    torch.testing.assert_close(run.write(2, wanted=0.2, seed=5), weights[:2])
+    assert not torch.equal(run.write(3, wanted=0.1, seed=5), weights)
+    assert run.write().shape == (8, run.task.structure.size)
+
+
+def test_a_network_of_ones_own_is_updated(stored):
+    run = open_run(str(stored), device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(0, "own"))
+        net = run.task.constructor()
+    row = run.task.structure.flatten(net.state_dict()).detach()
+    written = run.write(start=net, wanted=0.2)
+    assert written.shape == (1, run.task.structure.size)
+    for same in (net.state_dict(), row, row[None]):
+        assert torch.equal(run.write(start=same, wanted=0.2), written)
+    assert not torch.equal(run.write(1, wanted=0.2), written)  # which starts from another
+    starts = run.measured_starts(row[None], None)
+    assert torch.equal(starts.metric, run.measure(row[None], "validation")["validation_loss"])
+    assert torch.equal(run.grant(run.wish(wanted=0.2), 1, starts), written)  # it is told what the start measures
+    four = run.write(4, start=torch.stack([row, row]), wanted=0.2)
+    assert len(four) == 4
+    torch.testing.assert_close(four[:1], written)
+
+
+def test_what_is_written_is_measured_and_becomes_a_module(stored):
+    run = open_run(stored, device="cpu")
+    weights = run.write(2, wanted=0.2)
+    found = run.measure(weights)
+    inputs, labels = run.task.data("test")
+    for i, row in enumerate(weights):
+        with torch.no_grad():
+            logits = run.network(row)(inputs)
+        error = 100 * (logits.argmax(1) != labels).float().mean().item()
+        assert found["test_error"][i].item() == pytest.approx(error, abs=1e-3)
+
+
+def test_networks_for_classes(masked):
+    trained = masked_experiment()
+    create_folder(trained.config, trained.folder)
+    run = open_run(trained.folder, device="cpu")
+    weights = run.write(2, mask=EVEN)
+    assert torch.equal(run.write(2, mask=torch.arange(10) % 2 == 0), weights)
+    by_bits, by_tensor = (run.measure(weights, mask=mask) for mask in (EVEN, run.wish(mask=EVEN).mask))
+    assert torch.equal(by_bits["test_error"], by_tensor["test_error"])
+    with pytest.raises(ConfigError, match="one task for each class mask; say which by mask="):
+        run.measure(weights)
+    with pytest.raises(ConfigError, match="say which classes"):
+        run.write(2)
+    with pytest.raises(ConfigError, match="writes from noise alone"):
+        run.write(2, mask=EVEN, start=weights)
+
+
+def test_what_is_no_trained_run_is_refused(here, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no run in nowhere: no config\.yaml"):
+        open_run("nowhere")
+    begun = experiment(*TINY, "run.name=begun")
+    create_folder(begun.config, begun.folder)
+    with pytest.raises(CheckpointError, match="runs/begun has no checkpoint yet"):
+        open_run(begun.folder)
+    store_generator(begun)
+    run = open_run(begun.folder, device="cpu")
+    with pytest.raises(StructureError, match="another architecture"):
+        run.write(start=MLP(4, 3, 2).state_dict() | {"more": torch.ones(1)})
+    with pytest.raises(StructureError, match="flat weights have 3 entries"):
+        run.write(start=torch.ones(3))
