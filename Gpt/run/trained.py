@@ -157,6 +157,8 @@ class TrainedRun:
             ConfigError: the generator cannot be asked for that, or has to be told more.
             StructureError: the start is of another architecture.
         """
+        if count is not None and count < 1:
+            raise ConfigError(f"count={count}: write one network at least")
         wish = self.wish(wanted=wanted, mask=mask, prompt=prompt)
         starts = None
         if start is not None:

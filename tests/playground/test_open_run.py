@@ -93,6 +93,8 @@ def test_what_is_no_trained_run_is_refused(here, tmp_path):
         open_run(begun.folder)
     store_generator(begun)
     run = open_run(begun.folder, device="cpu")
+    with pytest.raises(ConfigError, match="count=0"):
+        run.write(0)
     with pytest.raises(StructureError, match="another architecture"):
         run.write(start=MLP(4, 3, 2).state_dict() | {"more": torch.ones(1)})
     with pytest.raises(StructureError, match="flat weights have 3 entries"):
