@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 main.py …            the same, spread over two pro
 
 import dataclasses
 import sys
+import time
 from typing import Any
 
 from Gpt.checkpoint import write_json
@@ -120,9 +121,11 @@ def judge(experiment: Experiment, summary: dict[str, Any]) -> Results:
         training_examples=summary.get("step", 0) * experiment.config.trainer.batch_size,
     )
 
+    begun = time.monotonic()
+
     def progress(phrase: str) -> None:
         if primary():
-            print(f"evaluating: {phrase} …", flush=True)
+            print(f"evaluating: {phrase} … ({time.monotonic() - begun:.0f} s)", flush=True)
 
     return experiment.judge(experiment.trained()).evaluate(spent, progress)
 
