@@ -91,6 +91,7 @@ _NEGATION = re.compile(
     r"^(?P<kept>.*?)\b(?:(?:that|which|who) )?(?:(?P<verb>are|is|do|does|can|could|was|were|will) )?"
     r"(?:not|never|no)\b(?P<removed>.+)$"
 )
+_AGAIN = re.compile(r"(?:,? (?:and|or|nor)|,) (?:not|no|without) (?:an? |any )?")
 _DANGLING = re.compile(r"(?:\b(?:that|which|who)\b ?)?(?:\b(?:you|people|they|we|one|humans|are|is)\b)?$")
 _MODIFIER = re.compile(
     r"\b(?:that|which|who|whose|with|for|from|in|on|at|by|to|used|made|found|you|people|between|into|against|than)\b"
@@ -147,7 +148,7 @@ def _expression(text: str) -> Expression:
         return Difference(_expression(match["kept"]), _expression(_PREFIX.sub("", match["removed"].strip(), count=1)))
     if match := _WITHOUT.match(text):
         kept = _DANGLING.sub("", match["kept"].strip()).strip()
-        return Difference(_expression(kept), _expression(f"{kept or 'things'} with {match['removed']}"))
+        return Difference(_expression(kept), _any(f"{kept or 'things'} with ", match["removed"]))
     if match := _NEGATION.match(text):
         return _negated(match["kept"].strip(), match["verb"], match["removed"].strip())
     return _listed(text)
@@ -155,13 +156,19 @@ def _expression(text: str) -> Expression:
 
 def _negated(kept: str, verb: str | None, removed: str) -> Expression:
     if verb is None:
-        return Difference(_expression(kept), _expression(removed))
+        return Difference(_expression(kept), _any("", removed))
     auxiliary = "" if verb in ("do", "does") else f"{verb} "
     noun = _DANGLING.sub("", kept)
     relative = (
         kept if noun != kept else f"{kept or 'things'} that"
     )  # "animals people do not ride": "animals people ride"
-    return Difference(_expression(noun), _expression(f"{relative} {auxiliary}{removed}"))
+    return Difference(_expression(noun), _any(f"{relative} {auxiliary}", removed))
+
+
+def _any(before: str, removed: str) -> Expression:
+    """What is not to be: "cats", or each of "cats and no dogs"."""
+    parts = tuple(_expression(before + part) for part in _AGAIN.split(removed))
+    return parts[0] if len(parts) == 1 else Union(parts)
 
 
 def _listed(text: str) -> Expression:

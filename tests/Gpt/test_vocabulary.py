@@ -258,6 +258,12 @@ ALL = Everything()
         ("cats, dogs and ships", Union((Clause("cats"), Clause("dogs"), Clause("ships")))),
         ("both cats and dogs", Union((Clause("cats"), Clause("dogs")))),
         ("animals other than cats or dogs", Difference(Clause("animals"), Union((Clause("cats"), Clause("dogs"))))),
+        ("no cats, no dogs and no ships", Difference(ALL, Union((Clause("cats"), Clause("dogs"), Clause("ships"))))),
+        ("not cats and not dogs", Difference(Difference(ALL, Clause("cats")), Clause("dogs"))),
+        (
+            "vehicles without wings and without wheels",
+            Difference(Clause("vehicles"), Union((Clause("vehicles with wings"), Clause("vehicles with wheels")))),
+        ),
         ("things that swim and fly", Clause("things that swim and fly")),
         ("", ALL),
     ],
