@@ -13,7 +13,7 @@ contiguous block.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -119,7 +119,8 @@ class Structure:
         unexpected = [name for name in state if name not in self.keys]
         if missing or unexpected:
             raise StructureError(
-                f"these weights belong to another architecture: missing {missing}, unexpected {unexpected}"
+                f"these weights belong to another architecture: missing {_listed(missing)}, "
+                f"unexpected {_listed(unexpected)}"
             )
         parts = []
         for t in self.tensors:
@@ -196,6 +197,12 @@ class Structure:
         block = length // self.groups[group]
         coordinate = permutations[group][..., None] * block + torch.arange(block, device=device)
         return coordinate.flatten(-2)
+
+
+def _listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first of these names, and how many there are besides: a whole language model's fill a screen."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{list(names[:shown])}{more}"
 
 
 def _kind(name: str, value: Tensor) -> str:

@@ -37,11 +37,11 @@ def write_adapter(
         steps, guidance, seed: see `Generator.sample`.
 
     Raises:
-        DataError: there is no prompt.
+        DataError: there is no prompt, or one without words.
         ConfigError: the generator cannot be guided.
     """
-    if not prompts:
-        raise DataError(f"{folder}: there is no prompt to write an adapter for")
+    if not prompts or not all(map(str.strip, prompts)):
+        raise DataError(f"{folder}: there is no prompt to write an adapter for; say in words what it should do")
     family, recipe = adapter_parts(task)
     device = next(generator.parameters()).device
     began = time.perf_counter()
@@ -64,6 +64,9 @@ def read_tasks(file: Path) -> dict[str, list[str]]:
         lines = [line for line in file.read_text().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable text file ({error})") from error
+    if not lines:
+        expected = "of its lines should be a task" if file.suffix == ".jsonl" else "line should be a prompt of one task"
+        raise DataError(f"{file} is empty; each {expected}")
     if file.suffix != ".jsonl":
         return {"": lines}
     tasks: dict[str, list[str]] = {}
@@ -78,15 +81,15 @@ def read_tasks(file: Path) -> dict[str, list[str]]:
         if name in tasks:
             raise DataError(f"{file}, line {number}: there is a task {name!r} before; each needs a name of its own")
         tasks[name] = prompts
-    if not tasks:
-        raise DataError(f"{file} is empty; each of its lines should be a task")
     return tasks
 
 
 def _task_of(line: Mapping[str, Any]) -> tuple[str, list[str]]:
     name, prompts = line["task"], line["prompts"]
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts must be a list of strings")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise TypeError("prompts must be a list of strings that say something")
+    if not prompts:
+        raise ValueError("there is no prompt")
     if not FOLDER_NAME.fullmatch(name):
         raise ValueError(f"the name is {name!r}")
     return name, prompts

@@ -28,7 +28,7 @@ def import_adapters(
     max_weight: float = 10.0,
     device: torch.device | str = "cpu",
 ) -> str | None:
-    """Store adapters as the runs of a task's family, one snapshot each.
+    """Store adapters as the runs of a task's family, one snapshot each, in place of those of an earlier import.
 
     Args:
         folder: see `read_library`.
@@ -58,9 +58,11 @@ def import_adapters(
     shards.create_manifest(Path(path_out), manifest)
     columns = measure(task, load_base(recipe.base, device), weights, members)
     columns = {name: values[:, None].cpu() for name, values in columns.items()}
-    for index, ids in enumerate(torch.arange(len(weights)).split(shard_runs)):
+    pieces = torch.arange(len(weights)).split(shard_runs)
+    for index, ids in enumerate(pieces):
         parts = {name: values[ids] for name, values in columns.items()}
         shards.write_shard(Path(path_out), manifest, index, ids.tolist(), weights[ids, None], parts)
+    shards.remove_shards(Path(path_out), len(pieces))
     return warning
 
 

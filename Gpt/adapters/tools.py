@@ -10,7 +10,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,22 @@ def prepare(options: argparse.Namespace) -> list[str]:
     """Write the folder that `AdapterFamily(suite=folder)` reads."""
     samples = [sample for file in options.source for sample in _samples(file, options)]
     parts = prepare_prompts(samples, options.samples_per_prompt, options.test_ratio)
-    try:
+    with _written("--output-dir", options.output_dir):
         write_prompts(options.output_dir, parts)
-    except OSError as error:
-        raise DataError(
-            f"--output-dir {options.output_dir} cannot be written ({error}); name another folder"
-        ) from error
     tasks = {found.task for sets in parts.values() for found in sets}
     counts = ", ".join(f"{len(sets)} prompt sets in {FILES[part]}" for part, sets in parts.items())
     return [f"{options.output_dir}: {len(tasks)} tasks, {counts}"]
+
+
+@contextmanager
+def _written(option: str, path: Path) -> Iterator[None]:
+    """Raises:
+    DataError: what is done in here cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{option} {path} cannot be written ({error}); name another place") from error
 
 
 def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
@@ -161,7 +169,8 @@ def round_trip(options: argparse.Namespace) -> list[str]:
 
 def _compared(tokens: AdapterTokens, manifest: dict[str, Any], file: Path) -> str:
     if not file.exists():
-        file.write_text(json.dumps(manifest))
+        with _written("--manifest", file):
+            file.write_text(json.dumps(manifest))
         return f"{file}: written"
     try:
         tokens.check_manifest(json.loads(file.read_text()))
@@ -185,7 +194,8 @@ def export(options: argparse.Namespace) -> list[str]:
     for row, member in enumerate(family.member_of_runs(zoo.run_ids).tolist()):
         weights = zoo.read(torch.tensor([row]), torch.tensor([zoo.snapshots - 1]))[0]
         folder = options.output_dir / family.members[member].name / f"run-{int(zoo.run_ids[row]):05d}"
-        save_adapter(folder, weights, spec, recipe["base"])
+        with _written("--output-dir", options.output_dir):
+            save_adapter(folder, weights, spec, recipe["base"])
     return [f"{options.output_dir}: {zoo.runs} adapters"]
 
 

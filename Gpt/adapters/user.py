@@ -119,8 +119,10 @@ def prepare_prompts(
         ConfigError: a number is out of range.
         DataError: a task has too few prompts for two sets.
     """
-    if samples_per_prompt < 1 or not 0 < test_ratio < 1:
-        raise ConfigError(f"samples per prompt are {samples_per_prompt}, the test ratio {test_ratio}: out of range")
+    if samples_per_prompt < 1:
+        raise ConfigError(f"--samples-per-prompt {samples_per_prompt}: a set has at least one prompt")
+    if not 0 < test_ratio < 1:
+        raise ConfigError(f"--test-ratio {test_ratio}: a share of the sets is for testing; choose above 0 and below 1")
     by_task: dict[str, dict[str, str | None]] = {}
     for sample in samples:
         by_task.setdefault(sample["task"], {}).setdefault(sample["prompt"], sample.get("answer"))

@@ -239,6 +239,14 @@ def read_shard(folder: Path, index: int) -> Shard:
         raise ZooError(f"{file} is damaged ({error!r}); {_remedy(folder, index)}") from error
 
 
+def remove_shards(folder: Path, first: int) -> None:
+    """Remove the finished shards from number `first` on, each of which stops existing before its numbers do."""
+    for index in finished_shards(folder):
+        if index >= first:
+            for file in shard_files(folder, index).values():
+                file.unlink(missing_ok=True)
+
+
 def finished_shards(folder: Path) -> list[int]:
     """Indices of all finished shards, increasing."""
     return sorted(int(file.stem.removeprefix("shard-")) for file in folder.glob("shard-?????.json"))

@@ -132,13 +132,17 @@ def _pairs(x: Float[Tensor, "P m r"], y: Float[Tensor, "n m s"]) -> Float[Tensor
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
-def other_tasks(members: Sequence[Member]) -> list[int]:
-    """For each task the next one, cyclically, with another rule and another format; where there is none, the next."""
-    count = len(members)
+def other_tasks(members: Sequence[Member], further: Sequence[Member] = ()) -> list[int]:
+    """For each of `members` another task, as its number in `[*members, *further]`.
+
+    It is the next one, cyclically, with another rule and another format; where there is none, the first such of
+    `further`; without one there either, the next, or the first of `further`.
+    """
+    count, known = len(members), [*members, *further]
 
     def other(i: int) -> int:
-        following = [(i + step) % count for step in range(1, count)]
-        apart = [j for j in following if members[j].rule != members[i].rule and members[j].format != members[i].format]
+        following = [*((i + step) % count for step in range(1, count)), *range(count, len(known))]
+        apart = [j for j in following if known[j].rule != known[i].rule and known[j].format != known[i].format]
         return (apart or following or [i])[0]
 
     return [other(i) for i in range(count)]

@@ -21,15 +21,18 @@ COUNTED = 16  # adapters that a loss is counted on: as in training, the longest 
 def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spent: Spent) -> Costs:
     """Seconds and operations of the zoo, the generator, a written and a trained adapter; the encoder is not counted.
 
-    What it took to train adapters that were imported is not known, and counts as nothing.
+    What it took to train adapters that were imported is not known, neither in seconds nor in operations, and counts as
+    nothing.
     """
     family, recipe = adapter_parts(task)
     base = load_base(recipe.base, zoo.device)
     answers = family.answers(recipe.base, "train")[:, :1].trimmed().to(zoo.device)
     fresh = fresh_adapter(task).to(zoo.device).expand(len(answers.tokens), -1)
     forward = costs.count_flops(lambda: answer_scores(base, recipe.spec, fresh, answers)) / len(fresh)
-    train_seconds = 0.0 if task.checkpoints else spent.zoo_seconds / zoo.runs
+    train_seconds = spent.zoo_seconds / zoo.runs
     train_flops = recipe.iterations * recipe.examples * FROZEN_TRAINING_FACTOR * forward
+    if task.checkpoints:
+        train_seconds = train_flops = 0.0
     return Costs(
         zoo_seconds=spent.zoo_seconds,
         generator_seconds=spent.training_seconds,

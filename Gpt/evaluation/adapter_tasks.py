@@ -9,6 +9,7 @@ from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.suite import Member, RuleSuite
 from Gpt.data.adapter_batches import task_prompts
+from Gpt.evaluation.adapter_baselines import other_tasks
 from Gpt.tasks import Task
 
 SPLITS = ("s2", "s1", "s3")
@@ -47,6 +48,13 @@ class AdapterTasks:
         """The prompts `[tasks, N]` of every task of a split, with the wordings of that part or of another."""
         found = task_prompts(self.family, part or _part(split), torch.device(self.device))
         return found[list(self.family.splits[split]), :PROMPTS]
+
+    def prompts_of_others(self, split: str) -> PromptStates:
+        """For every task of a split the prompts of another one, of this split or else of another, see `other_tasks`."""
+        own, further = self.family.splits[split], [i for s in self.splits if s != split for i in self.family.splits[s]]
+        others = other_tasks(self.members(split), [self.family.members[i] for i in further])
+        found = task_prompts(self.family, _part(split), torch.device(self.device))
+        return found[torch.tensor([*own, *further])[others], :PROMPTS]
 
     def descriptions(self, suite: RuleSuite, split: str) -> PromptStates:
         """One prompt for every task of a split that states the task and shows no input."""

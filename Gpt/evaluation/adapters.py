@@ -184,8 +184,8 @@ class AdapterJudge(Judge):
         nonsense = {"random strings": ["".join(map(chr, row)) for row in letters], "empty prompts": [""] * PROMPTS}
         embedded = self.tasks.embedded(list(nonsense.values()))
         tasks, label = self.tasks, self.config.label
-        shuffled = {s: self.write(tasks.prompts(s)[baselines.other_tasks(tasks.members(s))]) for s in tasks.splits}
-        note = "prompts of a task of the same split that differs in rule and format, where there is one"
+        shuffled = {split: self.write(tasks.prompts_of_others(split)) for split in tasks.splits}
+        note = "prompts of another task: of the same split, and of another rule and format, where there is one"
         lines = [self.line(f"{label}, shuffled prompts", "control", shuffled, note=note)]
         for name, adapter in zip(nonsense, self.write(embedded), strict=True):
             lines.append(self.line(f"{label}, {name}", "control", self.everywhere(adapter)))

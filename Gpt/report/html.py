@@ -189,10 +189,10 @@ def _novelty_row(results: Results, index: int) -> dict[str, Any]:
 
 def _costs(costs: Costs) -> list[tuple[str, str, str]]:
     return [
-        ("the zoo", format_seconds(costs.zoo_seconds or None), format_flops(costs.zoo_flops)),
+        ("the zoo", format_seconds(costs.zoo_seconds or None), format_flops(costs.zoo_flops or None)),
         ("the generator's training", format_seconds(costs.generator_seconds), format_flops(costs.generator_flops)),
         ("one generated network", format_seconds(costs.sample_seconds), format_flops(costs.sample_flops)),
-        ("one trained network", format_seconds(costs.train_seconds or None), format_flops(costs.train_flops)),
+        ("one trained network", format_seconds(costs.train_seconds or None), format_flops(costs.train_flops or None)),
     ]
 
 

@@ -257,15 +257,17 @@ def _zoo(run: Rehearsal) -> str:
 
 
 def _imported(run: Rehearsal) -> str:
-    if run.stored_runs:
-        return f"{run.zoo.runs:,} runs x {run.zoo.snapshots} snapshots in {run.zoo_folder}"
     source = run.task.checkpoints
-    if source is None or not Path(source).exists():
+    found = source is not None and Path(source).exists()
+    again = found and isinstance(run.task.family, AdapterFamily)  # a library is read anew for every run
+    if run.stored_runs and not again:
+        return f"{run.zoo.runs:,} runs x {run.zoo.snapshots} snapshots in {run.zoo_folder}"
+    if source is None or not found:
         raise ZooError(
-            f"task {run.task.name!r} has no recipe, no zoo at {run.zoo_folder} and no checkpoints at {source}; mend "
-            "its key 'checkpoints', or set zoo.path"
+            f"task {run.task.name!r} has no zoo at {run.zoo_folder} and no checkpoints at {source}; mend its key "
+            "'checkpoints', or set zoo.path"
         )
-    if isinstance(run.task.family, AdapterFamily):
+    if again:
         adapters, *_ = read_library(source, run.task)
         return f"{len(adapters):,} runs of {len(set(adapters)):,} adapters to be imported from {source}"
     runs = foreign_runs(source, run.task.structure)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,7 +200,7 @@ class Experiment:
         if self.zoo_folder.exists() and not source.exists():
             return
         convert = import_adapters if isinstance(self.task.family, AdapterFamily) else import_zoo
-        convert(
+        warning = convert(
             source,
             self.zoo_folder,
             self.task,
@@ -208,6 +209,8 @@ class Experiment:
             max_weight=settings.max_weight,
             device=self.device,
         )
+        if warning:
+            warnings.warn(warning, stacklevel=2)
 
     @cached_property
     def generator(self) -> Generator:

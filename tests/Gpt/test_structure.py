@@ -205,6 +205,9 @@ def test_weights_of_another_architecture_are_refused_by_name():
     state = MLP(6, 5, 3).state_dict()
     with pytest.raises(StructureError, match=r"missing \['fc2.bias'\], unexpected \['fc3.bias'\]"):
         structure.flatten({k.replace("fc2.bias", "fc3.bias"): v for k, v in state.items()})
+    others = {f"layer {i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(StructureError, match=r"unexpected \['layer 0', 'layer 1', 'layer 2'\] and 6 more$"):
+        structure.flatten(state | others)
     with pytest.raises(StructureError, match=r"'fc1.weight' has shape \(4, 6\), the architecture has \(5, 6\)"):
         structure.flatten(MLP(6, 4, 3).state_dict())
     with pytest.raises(StructureError, match="flat weights have 7 entries, the architecture has 53"):

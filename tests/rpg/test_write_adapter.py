@@ -45,8 +45,10 @@ def test_a_folder_is_the_adapter_that_the_generator_writes(tmp_path):
         logits = model(input_ids=answers.tokens[0]).logits
     predicted = logits.argmax(-1).gather(1, answers.positions[0] - 1)
     assert torch.equal(predicted[answers.valid[0]], scores.predicted[0][answers.valid[0]])
-    with pytest.raises(DataError, match="no prompt"):
-        write_adapter(generator, task, [], tmp_path / "two")
+    for nothing in ([], [" "], ["Give the first word.", ""]):
+        with pytest.raises(DataError, match="no prompt"):
+            write_adapter(generator, task, nothing, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_text_files_and_batches(tmp_path):
@@ -61,6 +63,9 @@ def test_text_files_and_batches(tmp_path):
     assert read_tasks(batch) == {"a b": ["Give the first word.", "No brackets."], "c": ["No\u2028."]}
     with pytest.raises(DataError, match="none.txt is not a readable text file"):
         read_tasks(tmp_path / "none.txt")
+    text.write_text(" \n\n")
+    with pytest.raises(DataError, match="prompts.txt is empty; each line should be a prompt"):
+        read_tasks(text)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,8 @@ def test_text_files_and_batches(tmp_path):
         ('{"task": "a", "prompts": ["x"]}\n{"task": "a", "prompts": ["y"]}', "line 2: there is a task 'a' before"),
         ('{"task": "../a", "prompts": ["x"]}', "folder"),
         ('{"task": "a", "prompts": "x"}', "list of strings"),
+        ('{"task": "a", "prompts": ["x"]}\n{"task": "b", "prompts": []}', "line 2: .*no prompt"),
+        ('{"task": "a", "prompts": ["x", " "]}', "line 1: .*say something"),
         ("not json", "line 1"),
         ("\n", "tasks.jsonl is empty"),
     ],

@@ -1,5 +1,7 @@
 """A user's prompts and adapters become a zoo of a task, without a line in the library."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -45,6 +47,21 @@ def test_adapters_become_runs_of_their_members(tmp_path, drawn):
     stored = zoo.read(torch.arange(zoo.runs), torch.zeros(zoo.runs, dtype=torch.long))
     for row, member in zip(stored, members, strict=True):
         assert any(torch.equal(row, own) for own in rows[family.members[member].rule])
+
+
+def test_nothing_is_left_of_an_earlier_import(tmp_path, drawn):
+    spec = AdapterSpec(rank=2, targets=("q_proj",))
+    task = make_task(tmp_path / "prompts", spec)
+    library = tmp_path / "adapters"
+    for count in (5, 1):
+        shutil.rmtree(library, ignore_errors=True)
+        for seed, member in enumerate(task.family.members):
+            for i, row in enumerate(drawn(spec, count, seed).float()):
+                save_adapter(library / member.rule / f"checkpoint-{i}", row, spec, "tiny")
+        import_adapters(library, tmp_path / "zoo", task, shard_runs=4)
+        runs = 1 + 1 + 2 * count
+        assert Zoo.open(tmp_path / "zoo", task.structure).run_ids.tolist() == list(range(runs))
+    assert len(list((tmp_path / "zoo").glob("shard-*"))) == 3
 
 
 def test_adapters_without_a_common_gauge_are_imported_with_a_warning(tmp_path, drawn):

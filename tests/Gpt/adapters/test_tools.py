@@ -122,6 +122,8 @@ def test_a_manifest_is_written_once_and_compared_afterwards(tmp_path, drawn, cap
     file.write_text("no manifest")
     assert main(["test", "--adapter", str(first), "--manifest", str(file)]) == 2
     assert "not a readable manifest" in capsys.readouterr().err
+    assert main(["test", "--adapter", str(first), "--manifest", str(tmp_path / "none" / "tokens.json")]) == 2
+    assert "tokens.json cannot be written" in capsys.readouterr().err
 
 
 def test_a_collected_library_becomes_folders_that_are_imported_again(tmp_path, capsys):
@@ -131,6 +133,9 @@ def test_a_collected_library_becomes_folders_that_are_imported_again(tmp_path, c
     collect(task, tmp_path / "zoo", runs=7, snapshots=2, spacing="tail")
     assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out")]) == 0
     assert "7 adapters" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "file")]) == 2
+    assert "file cannot be written" in capsys.readouterr().err
     zoos = [tmp_path / "zoo", tmp_path / "again"]
     import_adapters(tmp_path / "out", zoos[1], task)
     ours, again = (Zoo.open(folder, task.structure) for folder in zoos)

@@ -61,8 +61,10 @@ def test_sets_without_answers_describe_tasks_but_cannot_train(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(DataError, match="'t0' has 25 different prompts, too few for two sets of 25"):
         prepare_prompts(SAMPLES, 25, 0.1)
-    with pytest.raises(ConfigError, match="test ratio 1.5: out of range"):
+    with pytest.raises(ConfigError, match="--test-ratio 1.5: .*above 0 and below 1"):
         prepare_prompts(SAMPLES, 4, 1.5)
+    with pytest.raises(ConfigError, match="--samples-per-prompt 0: a set has at least one prompt"):
+        prepare_prompts(SAMPLES, 0, 0.1)
     (tmp_path / "train.jsonl").write_text('{"task": "t", "prompts": ["a"]}\n{"task": "t"}\n')
     (tmp_path / "test.jsonl").write_text('{"task": "t", "prompts": ["a"]}\n')
     with pytest.raises(DataError, match=r"train.jsonl, line 2 is not a prompt set \(KeyError\('prompts'\)\)"):

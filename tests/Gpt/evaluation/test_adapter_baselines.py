@@ -95,6 +95,14 @@ def test_shuffling_avoids_the_rule_and_the_format():
     assert other_tasks(members[:2]) == [1, 0] and other_tasks(members[:1]) == [0]
 
 
+def test_shuffling_looks_elsewhere_where_a_split_has_nothing_apart():
+    ax, ay, bx, by = (Member(rule, form) for rule in "ab" for form in "xy")
+    assert other_tasks([ax], [ay, bx, by]) == [3]
+    assert other_tasks([ax, ay], [bx, by]) == [3, 2]
+    assert other_tasks([ax, by], [ay]) == [1, 0], "its own split comes first"
+    assert other_tasks([ax], [ay]) == [1] and other_tasks([ax, bx], [ay]) == [1, 2]
+
+
 def test_few_prompts_are_repeated():
     prompts = sentences([[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]])
     assert torch.equal(repeated(prompts, 5).states, prompts.states[:, [0, 1, 0, 1, 0]])
