@@ -42,7 +42,7 @@ from yaml import YAMLError
 
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
-from Gpt.checkpoint import save_tensors
+from Gpt.checkpoint import save_tensors, write_json
 from Gpt.config import RunConfig, checked
 from Gpt.errors import CheckpointError, ConfigError, nearest
 from Gpt.evaluation.population import test_population
@@ -205,7 +205,7 @@ def write_networks(generator: Generator, experiment: Experiment, config: Playgro
     if config.keyframes:
         along = walk(writer, wish, config, task, starts, folder / "walk.gif")
         facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
-    (folder / "networks.json").write_text(json.dumps(facts, indent=1))
+    write_json(folder / "networks.json", facts)
     print(f"{count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
 
 
