@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from Gpt.checkpoint import write_json
+from Gpt.checkpoint import TrainingState, write_json
 from Gpt.distributed import on_first_process, primary, processes, world
 from Gpt.evaluation.beside import Others, read_runs, side_by_side
 from Gpt.evaluation.costs import Spent
@@ -78,8 +78,10 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
         if not config.test_only:
             summary |= train_generator(experiment, logger)
             keep_summary(experiment, summary)
+        elif "step" not in summary:  # the run was killed
+            summary |= paid(experiment.checkpoints.latest_state())
         if experiment.stream:
-            experiment.stream.finish(summary.get("step", resumed))  # of a killed run, the checkpoint's
+            experiment.stream.finish(summary["step"])
         results = side_by_side(judge(experiment, summary), others)
         on_first_process(lambda: report(experiment, results, logger))
         if not config.test_only:  # which may have been of a run that was killed, or of published weights
@@ -94,7 +96,7 @@ def keep_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
 
 
 def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]:
-    """Train, or go on from the latest checkpoint. Returns what the summary keeps: all processes' seconds, the steps."""
+    """Train, or go on from the latest checkpoint. Returns what it took, see `paid`."""
     experiment.fit()
     with held_back() as signalled:
         state = train(
@@ -110,6 +112,11 @@ def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]
             experiment.stream or (lambda step: None),
             signalled,
         )
+    return paid(state)
+
+
+def paid(state: TrainingState) -> dict[str, float]:
+    """What the summary keeps of a training: all processes' seconds, the steps."""
     return {"training_seconds": world() * state.seconds, "step": state.step}
 
 

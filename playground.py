@@ -40,7 +40,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from Gpt.adapters.family import AdapterFamily
-from Gpt.checkpoint import save_tensors
+from Gpt.checkpoint import save_tensors, write_json
 from Gpt.config import RunConfig, checked
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.prompting import Starts
@@ -167,7 +167,7 @@ def write_networks(run: TrainedRun, config: PlaygroundConfig, folder: Path) -> N
     if config.keyframes:
         along = walk(run, wish, config, starts, folder / "walk.gif")
         facts["walk"] = {"file": "walk.gif", metric: [_finite(value) for value in along]}
-    (folder / "networks.json").write_text(json.dumps(facts, indent=1))
+    write_json(folder / "networks.json", facts)
     print(f"{count} networks, networks.json{' and walk.gif' if config.keyframes else ''} are in {folder}")
 
 

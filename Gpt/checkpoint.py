@@ -104,9 +104,13 @@ class CheckpointFolder:
     def exists(self) -> bool:
         return (self.folder / "latest.json").is_file()
 
+    def latest_state(self) -> TrainingState:
+        """How far the latest checkpoint has come; of a training that has not begun where there is none."""
+        return TrainingState(**self._facts(self._latest()["folder"])["state"]) if self.exists() else TrainingState()
+
     def latest_step(self) -> int:
         """Step of the latest checkpoint, -1 where there is none."""
-        return self._facts(self._latest()["folder"])["state"]["step"] if self.exists() else -1
+        return self.latest_state().step if self.exists() else -1
 
     def load(self, model: Stateful, ema: Stateful, optimizer: Stateful) -> TrainingState:
         """Continue from the latest checkpoint, bit for bit.

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
-from Gpt.data.batches import BatchConfig
+from Gpt.data.batches import BatchConfig, Share
 from Gpt.distillation import DistillationConfig
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.judge import EvaluationConfig
@@ -55,21 +55,21 @@ class ZooConfig:
     """
 
     path: str | None = None
-    runs: int = 2304
+    runs: PositiveInt = 2304
     test_runs: NonNegativeInt = 128
     validation_runs: NonNegativeInt = 128
-    snapshots: int = 32
+    snapshots: PositiveInt = 32
     spacing: str = "log"
     split: Literal["run", "snapshot"] = "run"
     align: bool = False
     seed: int = 0
     dtype: str = "float32"
-    shard_runs: int = 256
-    population: int | None = None
+    shard_runs: PositiveInt = 256
+    population: PositiveInt | None = None
     storage: Literal["auto", "gpu", "ram", "disk"] = "auto"
     store: bool = True
-    refresh_every: int = 0
-    max_weight: float = 10.0
+    refresh_every: NonNegativeInt = 0
+    max_weight: PositiveFloat = 10.0
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ class ConditionConfig:
     """
 
     names: tuple[str, ...] = ("target_metric",)
-    dropout: float = 0.1
+    dropout: Share = 0.1
     encoder: str = DEFAULT_MODEL
 
 

@@ -5,6 +5,8 @@ The values are G.pt's unless a task says otherwise (Peebles et al. 2022, release
 
 from dataclasses import dataclass, field
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from Gpt.adapters.spec import AdapterSpec
 from Gpt.errors import ConfigError
 
@@ -21,8 +23,8 @@ class SupervisedRecipe:
             hidden unit i then plays a similar part in all of them.
     """
 
-    epochs: int = 25
-    batch_size: int = 128
+    epochs: PositiveInt = 25
+    batch_size: PositiveInt = 128
     optimizer: str = "sgd"
     learning_rate: float = 0.1
     momentum: float = 0.9
@@ -48,14 +50,14 @@ class SingleRecipe(SupervisedRecipe):
             is also where the cosine ends.
     """
 
-    epochs: int = 30
-    batch_size: int = 512
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 512
     learning_rate: float = 0.4
     augmentation: str = "flip_crop"
     warmup: float = 0.2
     label_smoothing: float = 0.0
-    cutout: int = 0
-    tail_iterations: int = 0
+    cutout: NonNegativeInt = 0
+    tail_iterations: NonNegativeInt = 0
     tail_learning_rate: float = 0.0
 
 
@@ -68,11 +70,11 @@ class PpoRecipe:
         environments, horizon: each round collects `environments * horizon` transitions.
     """
 
-    iterations: int = 500
-    environments: int = 512
-    horizon: int = 16
-    epochs: int = 8
-    minibatches: int = 2
+    iterations: PositiveInt = 500
+    environments: PositiveInt = 512
+    horizon: PositiveInt = 16
+    epochs: PositiveInt = 8
+    minibatches: PositiveInt = 2
     learning_rate: float = 3e-4
     max_grad_norm: float = 2.0
     clip: float = 0.2
@@ -99,12 +101,12 @@ class AdapterRecipe:
 
     base: str = "smollm2"
     spec: AdapterSpec = field(default_factory=AdapterSpec)
-    iterations: int = 80
-    examples: int = 16
+    iterations: PositiveInt = 80
+    examples: PositiveInt = 16
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     own_a: bool = False
-    adapters_per_forward: int = 20
+    adapters_per_forward: PositiveInt = 20
 
     def __post_init__(self) -> None:
         if self.own_a and not self.spec.train_a:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -57,4 +58,9 @@ METRIC_OF: dict[Callable[..., Any], str] = {
     classification_error: "error",
     mask_error: "error",
 }
-"""What each test function returns first; the other is its second item."""
+"""What each test function of this module returns first; the other is its second item."""
+
+
+def metric_of(function: Callable[..., Any]) -> str | None:
+    """As `METRIC_OF`; None for any other callable, hashable or not."""
+    return METRIC_OF.get(function) if isinstance(function, FunctionType) else None

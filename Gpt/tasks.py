@@ -44,7 +44,6 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ from Gpt.errors import StructureError, TaskError, UserError, nearest
 from Gpt.masks import MaskSplit
 from Gpt.population.functional import Population
 from Gpt.recipes import AdapterRecipe, Recipe
-from Gpt.scoring import METRIC_OF
+from Gpt.scoring import metric_of
 from Gpt.structure import Structure
 
 METRICS = ("loss", "error", "return", "metric")
@@ -262,7 +261,7 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
                 raise TaskError(f"task {name!r}: key {key!r} is missing, expected {_EXPECTED[key]}")
         elif entry[key] is not None or spec.default is MISSING:
             _check_value(name, key, entry[key])
-    metric = METRIC_OF.get(entry["task_test_fn"]) if isinstance(entry["task_test_fn"], FunctionType) else None
+    metric = metric_of(entry["task_test_fn"])
     if metric and entry.get("metric", metric) != metric:
         raise TaskError(
             f"task {name!r}: key 'metric' is {entry['metric']!r}, expected {metric!r}: that is what "

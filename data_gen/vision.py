@@ -31,7 +31,7 @@ from Gpt.population import updates
 from Gpt.population.functional import Population, population_gradient, stack_initial, training_precision
 from Gpt.population.shared_inputs import with_shared_inputs
 from Gpt.recipes import SingleRecipe, SupervisedRecipe
-from Gpt.scoring import METRIC_OF
+from Gpt.scoring import metric_of
 from Gpt.seeds import derive_seed
 from Gpt.tasks import Task
 
@@ -269,7 +269,7 @@ def measure(
     """The zoo's columns for P networks, see `train_supervised_population`."""
     columns: dict[str, Tensor] = {}
     for split in ("train", "validation", "test"):
-        own_test = task.task_test_fn not in METRIC_OF
+        own_test = metric_of(task.task_test_fn) is None
         if own_test and split != "train":
             masks = None if task.family is None or label_map is None else label_map.bool()
             columns |= score_population(task, weights, split, masks=masks, device=weights.device)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
@@ -52,19 +53,19 @@ class RpgConfig:
     """
 
     policy: str = "neuron"
-    token_size: int = 1024
+    token_size: PositiveInt = 1024
     position: str = "layer_chunk"
-    width: int = 192
-    depth: int = 4
-    heads: int = 6
-    channels: int = 32
+    width: PositiveInt = 192
+    depth: PositiveInt = 4
+    heads: PositiveInt = 6
+    channels: PositiveInt = 32
     backbone: str = "none"
-    backbone_depth: int = 2
-    rank: int = 32
-    identities: int = 0
+    backbone_depth: PositiveInt = 2
+    rank: PositiveInt = 32
+    identities: NonNegativeInt = 0
     sampler: str = "euler"
-    steps: int = 20
-    weights_per_pass: int = 2**25
+    steps: PositiveInt = 20
+    weights_per_pass: PositiveInt = 2**25
 
 
 class Rpg(Generator):

@@ -26,6 +26,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
@@ -86,10 +87,10 @@ class RpgPaperConfig:
     policy: str = "within_layer"
     position: str = "layer_chunk"
     condition: str = "none"
-    identities: int = 0
-    token_batch: int | None = 1024
+    identities: NonNegativeInt = 0
+    token_batch: PositiveInt | None = 1024
     sampler: str = "ddpm"
-    steps: int = 1000
+    steps: PositiveInt = 1000
     backbone: str = "mamba2"
 
 

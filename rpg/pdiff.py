@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions, fourier_features
@@ -43,13 +44,13 @@ class PdiffConfig:
     """
 
     channels: tuple[int, ...] = (64, 256, 384, 512, 64)
-    stride: int = 2
-    latent: int = 1024
+    stride: PositiveInt = 2
+    latent: PositiveInt = 1024
     kl_weight: float = 1e-4
-    width: int = 512
-    depth: int = 4
+    width: PositiveInt = 512
+    depth: PositiveInt = 4
     sampler: str = "ddpm"
-    steps: int = 1000
+    steps: PositiveInt = 1000
 
 
 class Autoencoder(nn.Module):

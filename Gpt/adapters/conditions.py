@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +72,21 @@ def prompt_states(
     if encoder not in ENCODERS:
         raise ConfigError(f"prompt encoder {encoder!r} is not known, expected one of {', '.join(ENCODERS)}")
     flat = [prompt for member in prompts for prompt in member]
-    kind = SentenceStates if encoder == "sentences" else TokenEncoder
-    embed = HashedWords() if encoder == "hash" else kind(device=device)
+    embed = loaded_encoder(encoder, torch.device(device))
     if tokens:
         found = embed.token_states(flat, tokens)
     else:
         found = PromptStates(embed(flat)[:, None], torch.ones(len(flat), 1, dtype=torch.bool))
     shape = (len(prompts), -1)
     return PromptStates(found.states.unflatten(0, shape), found.mask.unflatten(0, shape))
+
+
+@lru_cache(maxsize=2)
+def loaded_encoder(name: str, device: torch.device) -> "TokenEncoder | HashedWords":
+    """An encoder by its name; kept, as its model takes longer to load than a task's prompts to embed."""
+    if name == "hash":
+        return HashedWords()
+    return SentenceStates(device=device) if name == "sentences" else TokenEncoder(device=device)
 
 
 class TokenEncoder(SentenceEncoder):

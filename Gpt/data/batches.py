@@ -4,9 +4,11 @@ G.pt learns from pairs of snapshots of one run, generators that start from noise
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from Gpt.data.augmentation import random_index
@@ -16,6 +18,8 @@ from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Prompt
 from Gpt.masks import MaskSplit
 from Gpt.tasks import Task
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class BatchConfig:
             all.
     """
 
-    from_initial: float = 0.5
-    last_snapshots: int | None = None
+    from_initial: Share = 0.5
+    last_snapshots: PositiveInt | None = None
 
 
 class BatchSampler:

@@ -111,18 +111,25 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder / MANIFEST)
-    _write_synchronised(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
     try:
-        os.link(temporary, folder / MANIFEST)  # unlike rename, fails where the file already exists
-    except FileExistsError:
-        check_same(folder, read_manifest(folder), manifest)
-    except OSError:  # a file system without hard links, on which two workers must not begin at once
-        if (folder / MANIFEST).exists():
+        _write_synchronised(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
+        if not _is_first(temporary, folder / MANIFEST):
             check_same(folder, read_manifest(folder), manifest)
-        else:
-            os.replace(temporary, folder / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_first(temporary: Path, file: Path) -> bool:
+    """Give a temporary file its name, unless another worker was before."""
+    try:
+        os.link(temporary, file)  # unlike rename, fails where the file already exists
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links, on which two workers must not begin at once
+        if file.exists():
+            return False
+        os.replace(temporary, file)
+    return True
 
 
 def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:

@@ -42,7 +42,7 @@ def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spen
         generator_flops=spent.training_examples * costs.TRAINING_FACTOR * loss_flops(generator, task, zoo),
         sample_flops=price.flops,
         train_flops=train_flops,
-        break_even=costs.break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),
+        break_even=costs.break_even(spent, price.seconds, train_seconds),
     )
 
 

@@ -19,7 +19,8 @@ TRAINING_FACTOR = 3
 
 @dataclass(frozen=True)
 class Spent:
-    """What a generator and its zoo took: wall-clock seconds, and the examples that it was trained on."""
+    """What a generator and its zoo took: wall-clock seconds, and the examples that it was trained on; 0 where nobody
+    knows."""
 
     zoo_seconds: float = 0.0
     training_seconds: float = 0.0
@@ -89,10 +90,11 @@ def trainings(zoo: Zoo) -> int:
     return zoo.runs * zoo.snapshots // zoo.snapshots_of_training
 
 
-def break_even(fixed_seconds: float, sample_seconds: float, train_seconds: float) -> float | None:
-    """Number of networks from which `fixed_seconds` once and `sample_seconds` each beat `train_seconds` each."""
+def break_even(spent: Spent, sample_seconds: float, train_seconds: float) -> float | None:
+    """Number of networks from which a zoo and a generator once and `sample_seconds` each beat `train_seconds` each."""
     saved = train_seconds - sample_seconds
-    return fixed_seconds / saved if saved > 0 else None
+    known = spent.training_seconds > 0  # not of published weights
+    return (spent.zoo_seconds + spent.training_seconds) / saved if known and saved > 0 else None
 
 
 def costs(task: Task, zoo: Zoo, price: Price, spent: Spent, step_seconds: float = 0.0) -> Costs:
@@ -113,5 +115,5 @@ def costs(task: Task, zoo: Zoo, price: Price, spent: Spent, step_seconds: float 
         generator_flops=spent.training_examples * TRAINING_FACTOR * price.once_flops,
         sample_flops=price.flops,
         train_flops=train_flops,
-        break_even=break_even(spent.zoo_seconds + spent.training_seconds, price.seconds, train_seconds),
+        break_even=break_even(spent, price.seconds, train_seconds),
     )

@@ -116,7 +116,7 @@ class MaskJudge(Judge):
         lines, price = self.written(wish)
         paid = costs.costs(self.task, self.zoo, price, spent)
         progress("baselines")
-        lines += [self.ordinary_training(paid), *self.trivial_networks(), self.majority_class()]
+        lines += [self.ordinary_training(paid), *self.trivial_networks(), *self.majority_class()]
         return self.results(
             table=[line.row(lines[0], self.task, self.config.seed) for line in lines],
             training_curves=training_curves(self.zoo, self.task, None, self.config.seed),
@@ -314,13 +314,16 @@ class MaskJudge(Judge):
         chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
         return regress(self.masks, seen, weights, **best), f"{chosen}; chosen on validation masks"
 
-    def majority_class(self) -> Line:
-        """Always the answer that is right more often on the training images: no network at all."""
+    def majority_class(self) -> list[Line]:
+        """Always the answer that is right more often on the training images: no network at all, so that nothing but
+        its error is known; nothing where the task is about something else."""
+        if self.task.metric != "error":
+            return []
         train, test = (self.masks[:, self.task.data(split)[1]] for split in ("train", "test"))
         usual = train.float().mean(1, keepdim=True) > 0.5
         error = 100 * (test != usual).float().mean(1)
         every, scores = torch.arange(len(error)), {"test_error": error}
-        return Line("majority class", "baseline", scores, error.max()[None], every, {"note": "no network"})
+        return [Line("majority class", "baseline", scores, error.max()[None], every, {"note": "no network"})]
 
     def notes(self) -> list[str]:
         family = self.family

@@ -102,8 +102,9 @@ class Costs:
 
     Attributes:
         zoo_seconds, train_seconds: 0 where that is not known, for networks that were imported.
+        generator_seconds, generator_flops: 0 where that is not known, for published weights.
         break_even: number of networks from which zoo + generator + sampling is cheaper in wall-clock than training each
-            network; None when it never is.
+            network; None when it never is, or when it is not known what the generator took.
     """
 
     zoo_seconds: float

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
@@ -45,12 +46,12 @@ class GptConfig:
         steps, sampler: default sampling.
     """
 
-    width: int = 128
-    depth: int = 6
-    heads: int = 4
-    channels: int = 32
+    width: PositiveInt = 128
+    depth: PositiveInt = 6
+    heads: PositiveInt = 4
+    channels: PositiveInt = 32
     sampler: str = "euler"
-    steps: int = 4
+    steps: PositiveInt = 4
 
 
 class Gpt(Generator):

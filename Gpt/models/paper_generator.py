@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from Gpt.conditions import Conditions
@@ -37,14 +38,14 @@ class PaperConfig:
         sampler, steps: default sampling, "ddpm" or "ddim".
     """
 
-    width: int = 1536
-    layers: int = 12
-    heads: int = 16
+    width: PositiveInt = 1536
+    layers: PositiveInt = 12
+    heads: PositiveInt = 16
     policy: str = "chunk_within_layer"
-    chunk: int | None = 1000
+    chunk: PositiveInt | None = 1000
     weight_scale: float | None = None
     sampler: str = "ddpm"
-    steps: int = 1000
+    steps: PositiveInt = 1000
 
 
 class PaperGpt(Generator):

@@ -36,6 +36,8 @@ from Gpt.report.text import (
     side_by_side_rows,
 )
 
+GAP = "_gap_closed"
+
 
 @styled
 def prompt_alignment(results: Results) -> Figure:
@@ -154,9 +156,7 @@ def table(results: Results) -> Figure:
 @styled
 def gap_closed(results: Results) -> Figure:
     """How far each way goes from the base model (0 %) to adapters trained for the task (100 %), a panel a split."""
-    suffix = "_gap_closed"
-    splits = list(dict.fromkeys(name for row in results.table for name in row.metrics if name.endswith(suffix)))
-    _present(splits, "gaps between a base model and training")
+    splits = _present(_splits_with_gaps(results), "gaps between a base model and training")
     rows = [row for row in results.table if splits[0] in row.metrics]
     rows.sort(key=lambda row: row.metrics[splits[0]].mean)
     figure = new_figure(4.0 * len(splits) + 2.5, 0.3 * len(rows) + 1.5)
@@ -169,7 +169,7 @@ def gap_closed(results: Results) -> Figure:
                 axis.plot([found.mean], [place], "o", color=colour, ms=6)
         for end in (0, 100):
             axis.axvline(end, color=MUTED, lw=1.2, dashes=(4, 3), zorder=1)
-        axis.set_xlabel(f"{split.removesuffix(suffix)}: gap closed (%)")
+        axis.set_xlabel(f"{split.removesuffix(GAP)}: gap closed (%)")
     panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
     return figure
 
@@ -220,8 +220,7 @@ def wrong_predictions(results: Results) -> Figure:
     Noise of growing scale draws a line: what lies below it differs from its nearest training network by more than the
     distance alone would make it. Copies, at no distance, stand at the left edge.
     """
-    sets = [(n, n.error_overlap) for n in results.novelty if n.error_overlap is not None]
-    sets = _present(sets, "overlaps of wrong predictions")
+    sets = _present(_overlaps(results), "overlaps of wrong predictions")
     edge = min((n.distance_ratio for n, _ in sets if n.distance > 0), default=1.0) / 3
     figure = new_figure(9.0, 5.8)
     axis = figure.subplots()
@@ -270,9 +269,9 @@ def save_figures(results: Results, metrics_path: Path, folder: Path) -> dict[str
         "optimisers": optimisers(results) if results.optimisers else None,
         "recursive": recursive(results) if results.recursive else None,
         "novelty": novelty(results) if results.novelty else None,
-        "gap_closed": gap_closed(results) if any("s2_gap_closed" in row.metrics for row in results.table) else None,
+        "gap_closed": gap_closed(results) if _splits_with_gaps(results) else None,
         "confusions": confusions(results) if results.confusions else None,
-        "wrong_predictions": wrong_predictions(results) if any(n.error_overlap for n in results.novelty) else None,
+        "wrong_predictions": wrong_predictions(results) if _overlaps(results) else None,
         "training": training(metrics) if _training_panels(metrics) else None,
     }
     return {name: save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None}
@@ -286,6 +285,16 @@ def _training_panels(metrics: Sequence[Metrics]) -> dict[str, list[str]]:
     scores = [name for name in names if name.startswith("validation") and name not in objective]
     panels = {"objective: loss": objective} if objective else {}
     return panels | {name.replace("_", " ").replace("/", " "): [name] for name in scores}
+
+
+def _splits_with_gaps(results: Results) -> list[str]:
+    """The columns that say how much of the gap between a base model and training is closed, one for each split."""
+    return list(dict.fromkeys(name for row in results.table for name in row.metrics if name.endswith(GAP)))
+
+
+def _overlaps(results: Results) -> list[tuple[Novelty, float]]:
+    """The sets of networks, each with its overlap of wrong predictions, where that was measured."""
+    return [(n, n.error_overlap) for n in results.novelty if n.error_overlap is not None]
 
 
 def _present(items: Any, what: str) -> Any:

@@ -190,7 +190,11 @@ def _novelty_row(results: Results, index: int) -> dict[str, Any]:
 def _costs(costs: Costs) -> list[tuple[str, str, str]]:
     return [
         ("the zoo", format_seconds(costs.zoo_seconds or None), format_flops(costs.zoo_flops or None)),
-        ("the generator's training", format_seconds(costs.generator_seconds), format_flops(costs.generator_flops)),
+        (
+            "the generator's training",
+            format_seconds(costs.generator_seconds or None),
+            format_flops(costs.generator_flops or None),
+        ),
         ("one generated network", format_seconds(costs.sample_seconds), format_flops(costs.sample_flops)),
         ("one trained network", format_seconds(costs.train_seconds or None), format_flops(costs.train_flops or None)),
     ]
@@ -199,6 +203,8 @@ def _costs(costs: Costs) -> list[tuple[str, str, str]]:
 def _break_even(costs: Costs) -> str:
     if not costs.train_seconds:
         return "What training a network takes is not known here, so there is no break-even to give."
+    if not costs.generator_seconds:
+        return "What training the generator took is not known here, so there is no break-even to give."
     if costs.break_even is None:
         return "Zoo, generator and sampling never become cheaper than training each network: there is no break-even."
     return (

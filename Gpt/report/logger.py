@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from Gpt.checkpoint import write_json
 from Gpt.evaluation.results import Results
 from Gpt.report.trackers import TRACKERS, LoggerConfig, Metrics, check_installed
 
@@ -101,8 +102,7 @@ class JsonlLogger:
         """Figures already lie in the run folder."""
 
     def results(self, results: Results) -> None:
-        content = json.dumps(_finite_or_null(results.to_json()), allow_nan=False, indent=1)
-        (self.folder / "results.json").write_text(content, encoding="utf-8")
+        write_json(self.folder / "results.json", _finite_or_null(results.to_json()))
 
     def finish(self) -> None:
         self._file.close()

@@ -252,6 +252,8 @@ def _cost_sentences(results: Results) -> list[str]:
         return []
     if not results.costs.train_seconds:
         return ["What training a network takes is not known here, so neither is when generation pays off."]
+    if not results.costs.generator_seconds:
+        return ["What training the generator took is not known here, so neither is when generation pays off."]
     if results.costs.break_even is None:
         verdict = "it never pays off in wall-clock on this machine"
     else:

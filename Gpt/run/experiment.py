@@ -134,6 +134,7 @@ class Experiment:
                 population=settings.population or settings.shard_runs,
                 test_runs=self.held_out[0],
                 validation_runs=self.held_out[1],
+                progress=primary(),
                 **self._population,
             )
         if task.checkpoints:

@@ -293,3 +293,20 @@ def test_runs_of_a_family_are_measured_on_their_own_masks(task_of, own_test):
         expected = [measure(task, weights[:, s], split, masks)[column] for s in range(3)]
         torch.testing.assert_close(metrics[column], torch.stack(expected, 1), atol=1e-4, rtol=1e-4)
     assert metrics["train_error"][[0, 2], -1].max() < 30  # class 1 lies between the others
+
+
+@dataclasses.dataclass
+class OwnTest:
+    """A test function with settings, which no dict can hold as a key."""
+
+    unit: float
+
+    def __call__(self, x, y, net):
+        return classification_loss(x, y, net)[0] / self.unit
+
+
+def test_a_test_function_may_be_any_callable(task_of):
+    task = task_of(mlp, task_test_fn=OwnTest(2.0))
+    weights, metrics = train(task, snapshots=(0, 5))
+    expected = measure(task, weights[:, -1], "validation")["validation_loss"]
+    torch.testing.assert_close(metrics["validation_loss"][:, -1], expected)

@@ -71,8 +71,9 @@ def assert_same_run(folder: Path, expected_folder: Path) -> None:
         assert old.read_bytes() == new.read_bytes()
 
 
-def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypatch, run):
-    finished, folder = here / "runs" / "digits_loss", here / "runs" / "killed"
+@pytest.fixture
+def killed(here, unmeasured, monkeypatch, run) -> Path:
+    """The folder of a run that was killed in its fourth step, after its first checkpoint."""
     log = main.Loggers.log
 
     def kill_at_four(self, metrics, step):
@@ -83,11 +84,25 @@ def test_a_killed_run_continues_with_the_same_command(here, unmeasured, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(main.Loggers, "log", kill_at_four)
         run("run.name=killed")
+    return here / "runs" / "killed"
+
+
+def test_a_killed_run_continues_with_the_same_command(here, killed, run):
+    finished, folder = here / "runs" / "digits_loss", killed
     run("run.name=killed", "test_only=true")  # which does not finish it
     assert "finished" not in json.loads((folder / "summary.json").read_text())
     assert run("run.name=killed") is not None
     assert json.loads((folder / "summary.json").read_text())["finished"]
     assert_same_run(folder, finished)
+
+
+def test_a_killed_run_is_judged_as_having_taken_what_it_took(killed, monkeypatch, run):
+    spent = []
+    monkeypatch.setattr(main, "judge", lambda experiment, summary: spent.append(summary))
+    run("run.name=killed", "test_only=true")
+    stored = json.loads((killed / "checkpoints" / "step-00000002" / "facts.json").read_text())["state"]
+    assert (spent[0]["step"], spent[0]["training_seconds"]) == (2, stored["seconds"])
+    assert stored["seconds"] > 0 and spent[0]["zoo_seconds"] > 0
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from Gpt.adapters.conditions import PromptStates, prompt_states
+from Gpt.adapters import conditions
+from Gpt.adapters.conditions import HashedWords, PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
 from Gpt.errors import ConfigError
 from Gpt.text import BUNDLED
@@ -86,3 +87,21 @@ def test_sets_of_hashed_prompts_in_known_wordings_tell_tasks_apart():
 def test_an_unknown_encoder_is_named():
     with pytest.raises(ConfigError, match="encoder 'bert' is not known, expected one of minilm, sentences, hash"):
         prompt_states(PROMPTS, "bert")
+
+
+def test_an_encoder_is_loaded_once_for_all_prompts(monkeypatch):
+    """A file of prompts has a task in every line."""
+    loaded = []
+
+    class Counted(HashedWords):
+        def __init__(self, device):
+            loaded.append(device)
+
+    monkeypatch.setattr(conditions, "TokenEncoder", Counted)
+    conditions.loaded_encoder.cache_clear()
+    try:
+        for prompts in PROMPTS:
+            prompt_states([prompts], "minilm")
+    finally:
+        conditions.loaded_encoder.cache_clear()
+    assert len(loaded) == 1

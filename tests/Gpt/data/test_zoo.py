@@ -247,6 +247,8 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_written(tmp_path, monke
         ZooError, match="no space left for .*shard-00003.safetensors.*needs .* MiB; finished shards are"
     ):
         shards.write_shard(tmp_path, manifest(), 3, [12], networks(1), {})
+    with pytest.raises(OSError, match="No space left"):
+        shards.create_manifest(tmp_path, manifest())
     assert not list(tmp_path.glob("*shard-00003*")) and not list(tmp_path.glob(".*"))
     assert open_zoo(tmp_path).runs == RUNS
 

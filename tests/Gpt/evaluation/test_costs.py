@@ -55,7 +55,8 @@ def test_snapshots_of_a_training_cost_one_training_however_they_are_split(zoo):
 
 @pytest.mark.parametrize(
     ("fixed", "sample", "train", "expected"),
-    [(100.0, 1.0, 3.0, 50.0), (100.0, 3.0, 3.0, None), (100.0, 4.0, 3.0, None)],
+    [(100.0, 1.0, 3.0, 50.0), (100.0, 3.0, 3.0, None), (100.0, 4.0, 3.0, None), (0.0, 1.0, 3.0, None)],
 )
 def test_break_even(fixed, sample, train, expected):
-    assert costs.break_even(fixed, sample, train) == expected
+    """Nothing is known of a generator that took no time: its weights were published."""
+    assert costs.break_even(Spent(0.25 * fixed, 0.75 * fixed), sample, train) == expected

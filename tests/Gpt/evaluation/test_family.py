@@ -332,3 +332,15 @@ def test_networks_are_measured_on_their_own_masks_in_any_chunks(task, batch):
         assert torch.allclose(100 * (1 - correct.float().mean(1)), wanted)
     first = measure(task, network_of(FAMILY.test_masks), "test")["test_error"]  # without masks, the first held-out one
     assert torch.allclose(first, 10 * hamming(FAMILY.test_masks, FAMILY.test_masks[:1])[:, 0].float())
+
+
+def test_a_family_may_be_judged_by_something_else_than_its_error(task, zoo):
+    """Then nothing is said of the majority class, of which the error alone is known."""
+    other = replace(task, task_test_fn=lambda x, y, mask, net: mask_error(x, y, mask, net)[1], metric="metric")
+    runs, snapshots = torch.arange(zoo.runs).repeat(2, 1), torch.arange(2)[:, None].expand(-1, zoo.runs)
+    weights = zoo.read(runs.flatten(), snapshots.flatten()).unflatten(0, (2, -1)).transpose(0, 1)
+    metrics = {"validation_metric": zoo.metrics["validation_error"]}
+    bounds = {"test_runs": FAMILY.test_runs, "validation_runs": FAMILY.validation_runs}
+    renamed = Zoo.from_tensors(weights, metrics, zoo.run_ids, zoo.iterations, zoo.structure, **bounds)
+    rows = rows_of(Writing(other), other, renamed)
+    assert "majority class" not in rows and "lead" in rows["mean network"].metrics

@@ -36,6 +36,22 @@ def test_parts_that_were_not_evaluated_are_skipped_on_disk_and_refused_one_by_on
         figures.training([{"step": 1, "time": 0.0}])
 
 
+@pytest.mark.parametrize("split", ["s1", "s2"])
+def test_the_gap_that_is_closed_is_drawn_of_whatever_split_there_is(synthetic_results, tmp_path, split):
+    """A family of one's own may hold no combinations out, which are S2."""
+    closed = {f"{split}_gap_closed": Interval(60.0, 50.0, 70.0, 8)}
+    rows = [dataclasses.replace(row, metrics=row.metrics | closed) for row in synthetic_results.table]
+    found = dataclasses.replace(synthetic_results, table=rows, curves=[], recursive=[], optimisers=[], novelty=[])
+    assert "gap_closed" in figures.save_figures(found, tmp_path / "none.jsonl", tmp_path)
+
+
+def test_copies_alone_are_drawn_too(synthetic_results, tmp_path):
+    copies = [row for row in synthetic_results.novelty if row.distance == 0]
+    assert copies and all(row.error_overlap for row in copies)
+    found = dataclasses.replace(synthetic_results, table=[], curves=[], recursive=[], optimisers=[], novelty=copies)
+    assert set(figures.save_figures(found, tmp_path / "none.jsonl", tmp_path)) == {"novelty", "wrong_predictions"}
+
+
 def test_the_table_is_sorted_best_first_and_shows_every_interval(synthetic_results):
     figure = figures.table(synthetic_results)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]

@@ -86,6 +86,22 @@ def test_results_are_kept_as_strict_json(tmp_path, synthetic_results):
     assert found["recursive"][0]["high"] == [None] * 6
 
 
+def test_results_that_are_being_written_leave_the_former_ones_whole(tmp_path, synthetic_results, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    logger = JsonlLogger(tmp_path)
+    logger.results(synthetic_results)
+    former = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr("os.replace", kill)
+    with pytest.raises(Killed):
+        logger.results(dataclasses.replace(synthetic_results, table=[]))
+    assert (tmp_path / "results.json").read_bytes() == former
+
+
 @pytest.mark.parametrize("backend", ["wandb", "swanlab", "tensorboard"])
 def test_without_a_tracker_there_are_files_only(tmp_path, monkeypatch, backend):
     monkeypatch.setitem(sys.modules, backend, None)

@@ -124,6 +124,10 @@ def test_the_summary_says_what_was_not_measured_and_what_does_not_pay(synthetic_
     assert "from 740 networks on" in summarise(synthetic_results)
     unknown = dataclasses.replace(never, zoo_seconds=0.0, train_seconds=0.0)
     assert "is not known here" in summarise(dataclasses.replace(synthetic_results, costs=unknown))
+    published = dataclasses.replace(never, generator_seconds=0.0, generator_flops=0.0)
+    assert "What training the generator took is not known" in summarise(
+        dataclasses.replace(synthetic_results, costs=published)
+    )
 
 
 @pytest.mark.parametrize("minimize", [True, False])

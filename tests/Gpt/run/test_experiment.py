@@ -55,6 +55,20 @@ def test_wrong_parts_are_named_before_anything_is_trained(tmp_path, monkeypatch,
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "zoo.shard_runs=0", "zoo.population=0", "zoo.refresh_every=-1", "zoo.max_weight=0.0", "zoo.recipe.batch_size=0",
+        "zoo.recipe.epochs=-1", "batches.last_snapshots=-1", "batches.from_initial=2.0", "condition.dropout=-0.1",
+        "generator.heads=0", "generator.depth=-1", "generator.steps=0",
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused_by_their_names(setting):
+    with pytest.raises(ConfigError, match=rf"configuration: {re.escape(setting)}: Input should be"):
+        wrong = experiment(*TINY, setting)
+        _ = wrong.task, wrong.generator
+
+
 def test_base_rank_targets_and_form_of_adapters_are_settings():
     pytest.importorskip("transformers")
     plain = experiment(name="lora_tiny").task
