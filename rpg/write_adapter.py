@@ -61,7 +61,7 @@ def read_tasks(file: Path) -> dict[str, list[str]]:
         DataError: the file cannot be read, or a line is not a task; names the line.
     """
     try:
-        lines = [line for line in file.read_text().split("\n") if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable text file ({error})") from error
     if not lines:

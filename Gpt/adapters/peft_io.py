@@ -97,7 +97,7 @@ def read_adapter(folder: str | Path) -> tuple[Tensors, dict[str, Any]]:
     """
     folder = Path(folder)
     try:
-        return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+        return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(
             f"{folder} is not a readable adapter folder ({error}); it should hold {WEIGHTS} and {CONFIG}"

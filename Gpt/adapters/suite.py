@@ -140,7 +140,7 @@ def wordings(kind: str, name: str, split: str) -> tuple[str, ...]:
 @lru_cache
 def _wordings() -> list[list[str]]:
     """(kind, name, part, sentence) of each line; the part "all" is every part."""
-    text = files("Gpt.adapters").joinpath("wordings.tsv").read_text()
+    text = files("Gpt.adapters").joinpath("wordings.tsv").read_text(encoding="utf-8")
     return [line.split("\t") for line in text.splitlines()[1:]]
 
 

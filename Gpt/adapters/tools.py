@@ -91,7 +91,9 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
     try:
-        lines = file.read_text().split("\n")  # a text may hold what splitlines takes for the end of a line
+        lines = file.read_text(encoding="utf-8").split(
+            "\n"
+        )  # a text may hold what splitlines takes for the end of a line
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}); it should hold one JSON object a line") from error
     samples = [_sample(f"{file}, line {i}", line, options) for i, line in enumerate(lines, 1) if line.strip()]
@@ -173,7 +175,7 @@ def _compared(tokens: AdapterTokens, manifest: dict[str, Any], file: Path) -> st
             file.write_text(json.dumps(manifest))
         return f"{file}: written"
     try:
-        tokens.check_manifest(json.loads(file.read_text()))
+        tokens.check_manifest(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise DataError(f"{file} is not a readable manifest ({error}); delete it") from error
     return f"{file}: the same tokens"

@@ -92,7 +92,9 @@ def read_prompts(path: str) -> PromptSuite:
     """
     sets = []
     for part, name in FILES.items():
-        for number, line in enumerate((Path(path) / name).read_text().removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(
+            (Path(path) / name).read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1
+        ):
             try:
                 fields = json.loads(line)
                 found = PromptSet(fields["task"], tuple(fields["prompts"]), tuple(fields.get("answers", ())))
@@ -150,7 +152,7 @@ def write_prompts(folder: str | Path, parts: Mapping[str, Sequence[PromptSet]]) 
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part, name in FILES.items():
         lines = [json.dumps(asdict(found), ensure_ascii=False) for found in parts[part]]
-        (Path(folder) / name).write_text("\n".join(lines) + "\n")
+        (Path(folder) / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _drawn(items: list, count: int, seed: int) -> list:

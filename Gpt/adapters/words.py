@@ -2,4 +2,4 @@
 
 from importlib.resources import files
 
-WORDS = tuple(files("Gpt.adapters").joinpath("words.tsv").read_text().split())
+WORDS = tuple(files("Gpt.adapters").joinpath("words.tsv").read_text(encoding="utf-8").split())

@@ -199,7 +199,7 @@ def _run_indices(folder: Path) -> Iterator[Path]:
 def _lmdb_runs(index: Path, structure: Structure) -> Iterator[ForeignRun]:
     """The runs of one environment; fused environments have one more level in their index, the run's name."""
     try:
-        fields = json.loads(index.read_text())
+        fields = json.loads(index.read_text(encoding="utf-8"))
         described = {index.parent.name: fields} if "checkpoints" in fields else fields
         for name, run in described.items():
             keys = sorted(run["checkpoints"])  # chronological, for numbers are zero-padded

@@ -187,7 +187,7 @@ def help_text(about: str) -> str:
     """Every configuration and every group option with the first comment line of its file."""
 
     def line(file: Path) -> str:
-        return f"  {file.stem:24s} {file.read_text().splitlines()[0].lstrip('# ')}"
+        return f"  {file.stem:24s} {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
 
     parts = [about.strip(), "", "Configurations (--config-name NAME):"]
     parts += [line(file) for file in sorted(CONFIGS.glob("*.yaml"))]

@@ -1,7 +1,13 @@
 """Prompt sets of a user: nothing overlaps, nothing is lost, mistakes are named by file and line."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from Gpt.adapters import user
 from Gpt.adapters.suite import Member
 from Gpt.adapters.user import PromptSet, is_prompt_folder, prepare_prompts, read_prompts, write_prompts
 from Gpt.errors import ConfigError, DataError
@@ -76,3 +82,22 @@ def test_mistakes_are_named(tmp_path):
     suite = read_prompts.__wrapped__(str(tmp_path))
     with pytest.raises(DataError, match="'t' has no prompt set in train.jsonl"):
         suite.condition_prompts(Member("t", "plain"), "train", 1)
+
+
+IN_ANOTHER_LOCALE = """
+import sys
+from Gpt.adapters.user import prepare_prompts, read_prompts, write_prompts
+
+samples = [{"task": "caf\\u00e9", "prompt": "\\u00bf" + str(i), "answer": "\\u4e00"} for i in range(4)]
+write_prompts(sys.argv[1], prepare_prompts(samples, 2, 0.5))
+read_prompts(sys.argv[1])
+"""
+
+
+def test_prompts_in_any_language_are_the_same_on_every_machine(tmp_path):
+    root = str(Path(user.__file__).parents[2])
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": root}
+    command = [sys.executable, "-c", IN_ANOTHER_LOCALE, str(tmp_path)]
+    ended = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert [member.name for member in read_prompts(str(tmp_path)).members] == ["café/plain"]
