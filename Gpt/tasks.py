@@ -58,6 +58,7 @@ from Gpt.masks import MaskSplit
 from Gpt.population.functional import Population
 from Gpt.recipes import AdapterRecipe, Recipe
 from Gpt.scoring import metric_of
+from Gpt.seeds import own_random_state
 from Gpt.structure import Structure
 
 METRICS = ("loss", "error", "return", "metric")
@@ -95,8 +96,7 @@ class Task:
         Raises:
             TaskError: the constructor fails, as it does where it needs arguments, or builds something else.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_random_state(0):
             net = self.call("constructor", self.constructor)
         if not isinstance(net, nn.Module):
             raise TaskError(

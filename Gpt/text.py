@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from Gpt.checkpoint import save_tensors
 from Gpt.errors import CheckpointError, ConfigError, DataError
-from Gpt.seeds import derive_seed, rng
+from Gpt.seeds import derive_seed, own_random_state, rng
 from Gpt.vocabulary import WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 from Gpt.vocabulary.grammar import Clause, clauses, evaluate, parse
 
@@ -333,8 +333,7 @@ def train_text_head(
     weight = torch.where(mask.any(1, keepdim=True), 1.0, 0.1).expand_as(target).clone()
     weight[:, -1] = 1
 
-    with torch.random.fork_rng(devices=[]):  # initialisation and dropout draw from torch's global state
-        torch.manual_seed(derive_seed(seed, "text head"))
+    with own_random_state(derive_seed(seed, "text head")):  # for initialisation and dropout
         head = TextHead(classes, embedding.shape[1])
         optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)

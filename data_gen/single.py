@@ -5,7 +5,6 @@ bfloat16 products and channels-last memory on CUDA devices; the data set and its
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from Gpt.errors import TaskError
 from Gpt.evaluation.population import test_population as score_population
 from Gpt.population.functional import stack_initial
 from Gpt.recipes import SingleRecipe
-from Gpt.seeds import derive_seed, rng
+from Gpt.seeds import derive_seed, own_random_state, rng
 from Gpt.tasks import Task
 
 
@@ -84,7 +83,7 @@ def train_network(
     net = _initial_network(task, 0 if recipe.shared_init else run_id, seed, device)
     optimizer = _optimizer(net, recipe)
     kept: list[Tensor] = []
-    with _own_random_state(device, derive_seed(seed, "random layers", run_id)):
+    with own_random_state(derive_seed(seed, "random layers", run_id)):
         for iteration in iterations(keep, 1, progress):
             if iteration == keep[len(kept)]:
                 kept.append(task.structure.flatten(net.state_dict()))
@@ -171,14 +170,6 @@ def _optimizer(net: nn.Module, recipe: SingleRecipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, **options)
-
-
-@contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """A seeded global random state for layers that draw from it (dropout); restored afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _channels_last(batch: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:

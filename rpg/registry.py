@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from Gpt.conditions import PROMPT_FEATURES, Conditions, prompt_features
 from Gpt.config import ObjectiveConfig, RunConfig, checked
 from Gpt.diffusion.objectives import DDPM, FlowMatching, Objective
@@ -13,7 +11,7 @@ from Gpt.errors import ConfigError, nearest
 from Gpt.generator import Generator
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.models.paper_generator import PaperConfig, PaperGpt
-from Gpt.seeds import derive_seed
+from Gpt.seeds import derive_seed, own_random_state
 from Gpt.structure import Structure
 from rpg import adapters
 from rpg.generator import Rpg, RpgConfig
@@ -46,8 +44,7 @@ def build_generator(config: RunConfig, structure: Structure, text: int = PROMPT_
     config_class, build = GENERATORS[name]
     own: Any = checked(config_class, settings, "generator.")
     features = prompt_features(config.condition.names, text)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "generator"))
+    with own_random_state(derive_seed(config.seed, "generator")):
         conditions = Conditions(features, getattr(own, "width", 1), config.condition.dropout)
         return build(structure, conditions, build_objective(config.objective), own)
 

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, vmap
 
 from Gpt.population.convolution import accelerated
 from Gpt.population.layers import PopulationConv2d, for_populations
+from Gpt.seeds import own_random_state
 from Gpt.structure import Structure
 
 # Numbers that one pass may hold: a cache (16 MiB in float32); on a GPU 4 GiB, so that passes outlast their launches.
@@ -218,8 +219,7 @@ def population_gradient(
 def stack_initial(constructor, structure: Structure, seeds: list[int]) -> Float[Tensor, "P D"]:
     """Freshly constructed networks, one per seed, as flat rows on the CPU; the global random state stays as it is."""
     rows = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
+    for seed in seeds:
+        with own_random_state(seed):
             rows.append(structure.flatten(constructor().state_dict()))
     return torch.stack(rows)

@@ -71,8 +71,9 @@ class Loggers:
             logger.results(results)
 
     def finish(self) -> None:
-        for logger in self.loggers:
-            logger.finish()
+        with contextlib.ExitStack() as stack:  # one that cannot, on a full disk, does not keep the others from it
+            for logger in reversed(self.loggers):
+                stack.callback(logger.finish)
 
 
 class JsonlLogger:

@@ -2,9 +2,10 @@
 
 import itertools
 
+import pytest
 import torch
 
-from Gpt.seeds import derive_seed, rng
+from Gpt.seeds import derive_seed, own_random_state, rng
 
 
 def test_seeds_never_change():
@@ -32,3 +33,27 @@ def test_the_global_random_state_is_left_alone():
 def test_streams_of_neighbouring_steps_are_unrelated():
     draws = torch.stack([torch.randn(10_000, generator=rng("cpu", 0, "batch", i)) for i in range(4)])
     assert (torch.corrcoef(draws) - torch.eye(4)).abs().max() < 0.05
+
+
+def test_what_draws_from_torchs_random_state_is_seeded_and_leaves_no_trace():
+    before = torch.random.get_rng_state()
+    drawn = []
+    for seed in (3, 3, 4):
+        with own_random_state(seed):
+            drawn.append(torch.rand(5))
+    with pytest.raises(ValueError, match="inside"), own_random_state(3):
+        torch.rand(5)
+        raise ValueError("inside")
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nor_on_a_gpu():
+    torch.cuda.init()
+    before = torch.cuda.get_rng_state()
+    with own_random_state(3):
+        first = torch.rand(5, device="cuda")
+    with own_random_state(3):
+        assert torch.equal(first, torch.rand(5, device="cuda"))
+    assert torch.equal(before, torch.cuda.get_rng_state())

@@ -136,3 +136,24 @@ def test_the_fan_out_hands_everything_to_everyone(tmp_path, synthetic_results):
     both.finish()
     expected = [("log", {"a": 1.0}, 3), ("figure", "f", tmp_path), ("results", synthetic_results), ("finish",)]
     assert first.calls == second.calls == expected
+
+
+def test_one_that_cannot_finish_does_not_keep_the_others_from_it(tmp_path):
+    class Tracker(JsonlLogger):
+        finished = False
+
+        def finish(self):
+            super().finish()
+            self.finished = True
+
+    class Full(Tracker):
+        def finish(self):
+            raise OSError("no space left")
+
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    trackers = [kind(folder) for kind, folder in zip((Tracker, Full, Tracker), folders, strict=True)]
+    with pytest.raises(OSError, match="no space"):
+        Loggers(trackers).finish()
+    assert [tracker.finished for tracker in trackers] == [True, False, True]
