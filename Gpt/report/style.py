@@ -20,7 +20,7 @@ COLOURS = {
     "control": "#8f6bb3",
 }
 INK, MUTED, GRID = "#1f2328", "#59636e", "#e4e7eb"
-MARKERS = "osD^vPX*<>hp"
+MARKERS = "osD^vPX*<>hpd8H"
 DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))
 
 RC: dict[Any, Any] = {

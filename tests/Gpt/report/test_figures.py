@@ -202,3 +202,9 @@ def test_copies_stand_at_the_left_edge_of_the_logarithmic_axis_of_distances(synt
     assert all(places[n.name] == n.distance_ratio for n in moved)
     assert 0 < places[copy.name] == places["retrieval"] < min(n.distance_ratio for n in moved)
     assert axis.get_xscale() == "log" and axis.get_xlim()[0] < places[copy.name]
+
+
+def test_as_many_baselines_as_an_evaluation_of_whole_networks_has_are_told_apart(synthetic_results):
+    names = [f"baseline {i}" for i in range(15)]  # 13 with five scales of noise
+    sets = [dataclasses.replace(synthetic_results.novelty[-1], name=name) for name in names]
+    assert len(set(figures._markers(sets).values())) == len(names)
