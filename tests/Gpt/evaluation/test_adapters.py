@@ -201,6 +201,43 @@ def test_distances_and_costs(task, results):
     assert costs.train_flops == pytest.approx(steps * 2 / 3 / 8 * costs.generator_flops / 10, rel=0.2)
 
 
+def judge_of(task, weights, metrics):
+    return AdapterJudge(
+        Generator(task.structure, FlowMatching(), "euler", 1), task, zoo_of(task, weights, metrics), CONFIG, "cpu"
+    )
+
+
+def test_baselines_know_the_adapters_of_training_runs_alone(task, trained, monkeypatch):
+    """Whatever was trained for held-out and for validation tasks beside them is in no mean, mix or sum."""
+    weights, metrics = trained
+    held_out = task.family.test_runs + task.family.validation_runs
+    others = torch.cat([torch.full_like(weights[:held_out], 100.0), weights[held_out:]])
+    monkeypatch.setattr(AdapterJudge, "temperature", lambda judge: 0.1)
+    monkeypatch.setattr(AdapterJudge, "line", lambda judge, name, kind, adapters, **_: Line(name, kind, {}, adapters))
+    expected, found = (judge_of(task, rows, metrics).from_stored() for rows in (weights, others))
+    assert len(found) == 4
+    for before, after in zip(expected, found, strict=True):
+        assert all(torch.equal(rows, after.adapters[split]) for split, rows in before.adapters.items())
+    torch.testing.assert_close(found[0].adapters["s2"][0], weights[held_out:, -1].mean(0))
+
+
+def test_the_mix_is_chosen_as_if_the_validation_tasks_had_no_adapters(task, trained, monkeypatch):
+    weights, metrics = trained
+    own = torch.isin(
+        task.family.member_of_runs(torch.arange(len(weights))), torch.tensor(task.family.splits["validation"])
+    )
+    mixes = []
+
+    def scores(base, spec, mixed, answers):
+        mixes.append(torch.stack([*mixed.values()]))
+        return {temperature: {"loss": -torch.tensor([temperature])} for temperature in mixed}
+
+    monkeypatch.setattr("Gpt.evaluation.adapters.score_adapters", scores)
+    for rows in (weights, torch.where(own[:, None, None], 100.0, weights)):
+        assert judge_of(task, rows, metrics).temperature() == 0.2, "the least loss"
+    assert own.any() and torch.equal(*mixes)
+
+
 def test_imported_adapters_cost_nothing_that_is_known(task, zoo):
     imported, generator = replace(task, checkpoints="library"), Oracle(task, zoo)
     found = adapter_costs(generator, imported, zoo, Price(0.01, 5.0, 5.0), Spent(12.0, 1.0, 10))
