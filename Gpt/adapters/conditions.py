@@ -9,6 +9,7 @@ words they do not share), and serves tests and demonstrations of the machinery.
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +64,7 @@ def prompt_states(
 
     Args:
         prompts: equally many for each member, see `AdapterFamily.condition_prompts`.
-        tokens: L, states of each prompt, which are padded or cut; 0 for one unit-length pooled sentence.
+        tokens: L, states of each prompt, padded, or cut with a warning; 0 for one unit-length pooled sentence.
         device: where MiniLM runs.
 
     Raises:
@@ -74,11 +75,25 @@ def prompt_states(
     flat = [prompt for member in prompts for prompt in member]
     embed = loaded_encoder(encoder, torch.device(device))
     if tokens:
+        warn_of_cuts(flat, embed.lengths(flat), tokens)
         found = embed.token_states(flat, tokens)
     else:
         found = PromptStates(embed(flat)[:, None], torch.ones(len(flat), 1, dtype=torch.bool))
     shape = (len(prompts), -1)
     return PromptStates(found.states.unflatten(0, shape), found.mask.unflatten(0, shape))
+
+
+def warn_of_cuts(prompts: Sequence[str], lengths: Sequence[int], tokens: int) -> None:
+    """Say which prompts are longer than what is read of them."""
+    longest = max(range(len(prompts)), key=lambda i: lengths[i])
+    if lengths[longest] > tokens:
+        cut = sum(length > tokens for length in lengths)
+        warnings.warn(
+            f"{cut} of {len(prompts)} prompts are longer than the {tokens} states that are read of each; the longest, "
+            f"“{prompts[longest][:60]}…”, takes {lengths[longest]}. What follows is not read: make prompts shorter, or "
+            "train with more (AdapterFamily.tokens)",
+            stacklevel=3,
+        )
 
 
 @lru_cache(maxsize=2)
@@ -91,6 +106,10 @@ def loaded_encoder(name: str, device: torch.device) -> "TokenEncoder | HashedWor
 
 class TokenEncoder(SentenceEncoder):
     """A sentence encoder that also hands out what it averages."""
+
+    def lengths(self, sentences: Sequence[str]) -> list[int]:
+        """How many states each would have."""
+        return [len(ids) for ids in self._loaded()[0](list(sentences), verbose=False)["input_ids"]]
 
     @torch.no_grad()
     def token_states(self, sentences: Sequence[str], length: int, batch: int = 64) -> PromptStates:
@@ -109,9 +128,12 @@ class TokenEncoder(SentenceEncoder):
 class SentenceStates(TokenEncoder):
     """A sentence encoder whose states of a prompt are its sentences and lines, each embedded by itself."""
 
+    def lengths(self, sentences: Sequence[str]) -> list[int]:
+        return [len(_sentences_of(prompt)) for prompt in sentences]
+
     def token_states(self, sentences: Sequence[str], length: int, batch: int = 64) -> PromptStates:
         """One unit-length state for each of a prompt's first `length` sentences."""
-        split = [list(filter(None, BETWEEN_SENTENCES.split(prompt)))[:length] or [""] for prompt in sentences]
+        split = [_sentences_of(prompt)[:length] for prompt in sentences]
         different = list(dict.fromkeys(part for parts in split for part in parts))
         embedded = dict(zip(different, self(different), strict=True))
         states, mask = torch.zeros(len(split), length, WIDTH), torch.zeros(len(split), length).bool()
@@ -121,12 +143,19 @@ class SentenceStates(TokenEncoder):
         return PromptStates(states, mask)
 
 
+def _sentences_of(prompt: str) -> list[str]:
+    return list(filter(None, BETWEEN_SENTENCES.split(prompt))) or [""]
+
+
 class HashedWords:
     """Every word and every pair of neighbouring words is a signed unit vector that its hash chooses."""
 
     def __call__(self, sentences: Sequence[str]) -> Float[Tensor, "n 384"]:
         """The sum of a sentence's token states, at unit length."""
         return F.normalize(torch.stack([self._states(sentence).sum(0) for sentence in sentences]), dim=-1)
+
+    def lengths(self, sentences: Sequence[str]) -> list[int]:
+        return [len(self._states(sentence)) for sentence in sentences]
 
     def token_states(self, sentences: Sequence[str], length: int) -> PromptStates:
         """A word and the pair that it begins; a sentence without words is one state of zeros."""

@@ -108,5 +108,5 @@ TASKS = {
     "lora_rules_tokens": adapter_entry(AdapterFamily(tokens=56, prompts=48), SMOLLM2) | {"zoo": "lora_rules"},
     "lora_rules_sentences": adapter_entry(AdapterFamily(tokens=5, encoder="sentences"), SMOLLM2)
     | {"zoo": "lora_rules"},
-    "lora_tiny_tokens": adapter_entry(replace(MINI, tokens=32), TINY) | {"zoo": "lora_tiny"},
+    "lora_tiny_tokens": adapter_entry(replace(MINI, tokens=40), TINY) | {"zoo": "lora_tiny"},
 }

@@ -73,6 +73,7 @@ def sampler(zoo, task, **options):
     return AdapterBatchSampler(zoo, task, "train", BatchConfig(), prompts=4, examples=4, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts are longer")
 @pytest.mark.parametrize("tokens", [0, TOKENS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_a_function_of_the_prompts(zoo, task, kind, tokens):
@@ -289,6 +290,7 @@ def test_what_does_not_fit_is_told(zoo, task):
         generator.loss(Batch(torch.zeros(1, task.structure.size)), rng("cpu", 0))
 
 
+@pytest.mark.filterwarnings("ignore:.*prompts are longer")
 def test_prompts_are_put_into_known_words_before_they_are_read(zoo):
     family = dataclasses.replace(TASKS["lora_tiny"]["family"], tokens=TOKENS)
     task = Task(name="lora_tiny", **TASKS["lora_tiny"] | {"family": family})

@@ -1,6 +1,7 @@
 """Prompts through an encoder: one unit vector each, or a state for every token."""
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from Gpt.adapters.conditions import HashedWords, PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
 from Gpt.errors import ConfigError
 from Gpt.text import BUNDLED
+
+needs_minilm = pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
 
 PROMPTS = [["Give the last word.", "Reverse the list."], ["Give the last word!", "give the LAST word."]]
 
@@ -36,7 +39,8 @@ def check_token_states(encoder, tokens):
     for i in range(2):
         for j in range(2):
             torch.testing.assert_close(pooled_by_hand(found, i, j), sentences.states[i, j, 0], rtol=1e-4, atol=1e-5)
-    cut = prompt_states(PROMPTS, encoder, 3)
+    with pytest.warns(UserWarning, match="4 of 4 prompts"):
+        cut = prompt_states(PROMPTS, encoder, 3)
     assert cut.states.shape == (2, 2, 3, 384) and cut.mask.all()
 
 
@@ -48,7 +52,7 @@ def test_hashed_token_states_pool_to_the_sentence():
     assert nothing.mask[0].tolist() == [[True, False], [True, False]] and not nothing.states[0, 0].any()
 
 
-@pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
+@needs_minilm
 def test_minilm_token_states_pool_to_the_sentence():
     pytest.importorskip("transformers")
     check_token_states("minilm", 16)
@@ -56,7 +60,7 @@ def test_minilm_token_states_pool_to_the_sentence():
     assert rows[0, 0] @ rows[1, 0] > 0.8 > rows[0, 0] @ rows[0, 1]
 
 
-@pytest.mark.skipif(importlib.util.find_spec(BUNDLED) is None, reason="needs the extra text")
+@needs_minilm
 def test_a_sentence_of_a_prompt_is_the_same_state_in_any_company():
     pytest.importorskip("transformers")
     alone = prompt_states([["Give the last word.", "Input: 1. apple 2. seven"]]).states.squeeze(2)
@@ -65,7 +69,8 @@ def test_a_sentence_of_a_prompt_is_the_same_state_in_any_company():
     assert found.mask[0].sum(-1).tolist() == [4, 1, 1] and not found.states[~found.mask].any()
     torch.testing.assert_close(found.states[0, :2, 0], alone[0, :1].expand(2, -1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.states[0, 0, 3], alone[0, 1], rtol=1e-4, atol=1e-5)
-    cut = prompt_states([prompts], "sentences", 2)
+    with pytest.warns(UserWarning, match="1 of 3 prompts"):
+        cut = prompt_states([prompts], "sentences", 2)
     torch.testing.assert_close(cut.states, found.states[:, :, :2], rtol=1e-4, atol=1e-5)
 
 
@@ -78,7 +83,7 @@ def test_the_mean_of_a_set_is_over_all_states_that_are_no_padding():
 
 def test_sets_of_hashed_prompts_in_known_wordings_tell_tasks_apart():
     prompts = AdapterFamily("mini", unseen_rules=1, unseen_combinations=1, validation=1).condition_prompts("train", 256)
-    for tokens in (0, 32):
+    for tokens in (0, 40):
         found = prompt_states(prompts, "hash", tokens)
         first, second = found[:, :128].pooled(), found[:, 128:].pooled()
         assert (torch.cdist(first, second).argmin(1) == torch.arange(6)).sum() >= 5
@@ -105,3 +110,25 @@ def test_an_encoder_is_loaded_once_for_all_prompts(monkeypatch):
     finally:
         conditions.loaded_encoder.cache_clear()
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(
+    ("encoder", "prompt", "length"),
+    [
+        ("hash", "Give the last word, please", 6),
+        pytest.param("minilm", "Give the last word, please", 8, marks=needs_minilm),
+        pytest.param("sentences", "Give the last word. Please.\nIn brackets!", 3, marks=needs_minilm),
+    ],
+)
+def test_a_prompt_that_is_cut_is_told_of(encoder, prompt, length):
+    """Commas are words, and MiniLM's two special tokens are states."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = prompt_states([[prompt, "short"]], encoder, length)
+    assert whole.mask[0, 0].all()
+    with pytest.warns(
+        UserWarning, match=f"(?s)1 of 2 prompts are longer than the {length - 1} states .* takes {length}"
+    ):
+        cut = prompt_states([[prompt, "short"]], encoder, length - 1)
+    if encoder != "minilm":  # whose states know what follows, and the last of which is a special one
+        torch.testing.assert_close(cut.states[0, 0], whole.states[0, 0, :-1])

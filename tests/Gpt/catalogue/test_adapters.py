@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from Gpt.adapters.base import SMOLLM2
+from Gpt.adapters.conditions import loaded_encoder
 from Gpt.adapters.peft_io import load_adapter, save_adapter
 from Gpt.adapters.spec import PREFIX
 from Gpt.catalogue.adapters import TASKS
@@ -15,6 +16,7 @@ from Gpt.population.functional import Population
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.tasks import check_entry, get_task
+from Gpt.text import BUNDLED
 
 pytest.importorskip("peft")
 
@@ -65,7 +67,17 @@ def test_a_task_is_looked_up_without_its_language_model(monkeypatch):
 
     monkeypatch.setattr("Gpt.adapters.base._original", load)
     assert get_task("lora_tiny").structure.size == 9216
-    assert get_task("lora_tiny_tokens").family.tokens == 32
+
+
+@pytest.mark.parametrize("name", [name for name, entry in TASKS.items() if entry["family"].tokens])
+def test_no_prompt_has_more_states_than_are_read(name):
+    family = TASKS[name]["family"]
+    if family.encoder != "hash" and importlib.util.find_spec(BUNDLED) is None:
+        pytest.skip("needs the extra text")
+    encoder = loaded_encoder(family.encoder, torch.device("cpu"))
+    sets = [s for split in ("train", "validation", "test") for s in family.condition_prompts(split, 32)]
+    longest = max(length for prompts in sets for length in encoder.lengths(prompts))
+    assert family.tokens - 8 < longest <= family.tokens
     if all(map(importlib.util.find_spec, (SMOLLM2, "gguf"))):
         assert get_task("lora_rules").structure.size == 1_244_160
 

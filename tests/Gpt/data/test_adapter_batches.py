@@ -74,11 +74,11 @@ def test_sets_have_many_sizes_and_are_repeated(zoo, task):
 
 
 def test_token_states_come_with_their_padding(zoo, task):
-    family = dataclasses.replace(task.family, tokens=32)
+    family = dataclasses.replace(task.family, tokens=40)
     batch = draw(zoo, dataclasses.replace(task, family=family), prompts=3)
     states, mask = batch.prompt["text"], batch.prompt["text_mask"]
-    assert states.shape == (64, 3, 32, 384) and mask.shape == (64, 3, 32)
-    stored = prompt_states(family.condition_prompts("train"), family.encoder, 32)
+    assert states.shape == (64, 3, 40, 384) and mask.shape == (64, 3, 40)
+    stored = prompt_states(family.condition_prompts("train"), family.encoder, 40)
     for i in (0, 1):
         same = (stored.states[batch.members[i]] == states[i, 0]).all((1, 2)).nonzero()
         assert torch.equal(stored.mask[batch.members[i], same[0, 0]], mask[i, 0])
