@@ -185,8 +185,11 @@ def export(options: argparse.Namespace) -> list[str]:
     """Write the last snapshot of every run below the name of its task; `import_adapters` reads such a folder.
 
     Raises:
-        DataError: the zoo is not one that was collected for adapters.
+        DataError: the zoo is not one that was collected for adapters, or there is something in the folder, whose
+            adapters would be taken for these.
     """
+    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
+        raise DataError(f"--output-dir {options.output_dir} is not empty; give a new folder, or empty it")
     recipe = read_manifest(options.zoo).recipe
     if recipe["type"] != AdapterRecipe.__name__:
         raise DataError(f"{options.zoo} is not a zoo of adapters that this library has trained")

@@ -133,6 +133,10 @@ def test_a_collected_library_becomes_folders_that_are_imported_again(tmp_path, c
     collect(task, tmp_path / "zoo", runs=7, snapshots=2, spacing="tail")
     assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out")]) == 0
     assert "7 adapters" in capsys.readouterr().out
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "out")]) == 2
+    assert "out is not empty; give a new folder" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     (tmp_path / "file").touch()
     assert main(["export", "--zoo", str(tmp_path / "zoo"), "--output-dir", str(tmp_path / "file")]) == 2
     assert "file cannot be written" in capsys.readouterr().err
@@ -141,5 +145,5 @@ def test_a_collected_library_becomes_folders_that_are_imported_again(tmp_path, c
     ours, again = (Zoo.open(folder, task.structure) for folder in zoos)
     rows = torch.arange(7)
     assert torch.equal(ours.read(rows, torch.ones_like(rows)), again.read(rows, torch.zeros_like(rows)))
-    assert main(["export", "--zoo", str(zoos[1]), "--output-dir", str(tmp_path / "out")]) == 2
+    assert main(["export", "--zoo", str(zoos[1]), "--output-dir", str(tmp_path / "more")]) == 2
     assert "is not a zoo of adapters that this library has trained" in capsys.readouterr().err
