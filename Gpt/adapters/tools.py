@@ -91,9 +91,8 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
     try:
-        lines = file.read_text(encoding="utf-8").split(
-            "\n"
-        )  # a text may hold what splitlines takes for the end of a line
+        # A text may hold what splitlines takes for the end of a line.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}); it should hold one JSON object a line") from error
     samples = [_sample(f"{file}, line {i}", line, options) for i, line in enumerate(lines, 1) if line.strip()]

@@ -92,9 +92,8 @@ def read_prompts(path: str) -> PromptSuite:
     """
     sets = []
     for part, name in FILES.items():
-        for number, line in enumerate(
-            (Path(path) / name).read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1
-        ):
+        text = (Path(path) / name).read_text(encoding="utf-8")
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             try:
                 fields = json.loads(line)
                 found = PromptSet(fields["task"], tuple(fields["prompts"]), tuple(fields.get("answers", ())))

@@ -219,7 +219,8 @@ def population_gradient(
 def stack_initial(constructor, structure: Structure, seeds: list[int]) -> Float[Tensor, "P D"]:
     """Freshly constructed networks, one per seed, as flat rows on the CPU; the global random state stays as it is."""
     rows = []
-    for seed in seeds:
-        with own_random_state(seed):
+    with own_random_state(0):  # put back once, not for each of thousands
+        for seed in seeds:
+            torch.manual_seed(seed)
             rows.append(structure.flatten(constructor().state_dict()))
     return torch.stack(rows)

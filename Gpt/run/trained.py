@@ -184,8 +184,9 @@ class TrainedRun:
         """The metrics `<split>_…` of networks by the task's test function; of a family on this mask.
 
         Raises:
-            ConfigError: the task is a family of class masks, and none is given.
+            ConfigError: the task is a family of class masks, and none is given; or it is about adapters.
         """
+        self._check_networks()
         if self.task.family is None:
             return test_population(self.task, weights, split)
         if mask is None:
@@ -229,12 +230,8 @@ class TrainedRun:
         Raises:
             ConfigError: it cannot be asked for that, or has to be told more.
         """
+        self._check_networks()
         family = self.task.family
-        if isinstance(family, AdapterFamily):
-            raise ConfigError(
-                f"task {self.task.name!r} has adapters of a language model; write them by rpg.write_adapter, or with "
-                'playground.py prompt="…"'
-            )
         if family is None and (prompt is not None or mask is not None):
             raise ConfigError(
                 f"prompt, mask: task {self.task.name!r} is a single task; networks for chosen classes come from a "
@@ -242,6 +239,13 @@ class TrainedRun:
             )
         metric = self._wanted(wanted)
         return Wish(metric) if family is None else self._wish_for_classes(metric, mask, prompt)
+
+    def _check_networks(self) -> None:
+        if isinstance(self.task.family, AdapterFamily):
+            raise ConfigError(
+                f"task {self.task.name!r} has adapters of a language model; write them by rpg.write_adapter, or with "
+                'playground.py prompt="…"'
+            )
 
     def _wanted(self, wanted: float | None) -> float | None:
         """The metric that networks are asked for; None if the generator does not know that prompt."""

@@ -99,3 +99,13 @@ def test_what_is_no_trained_run_is_refused(here, tmp_path):
         run.write(start=MLP(4, 3, 2).state_dict() | {"more": torch.ones(1)})
     with pytest.raises(StructureError, match="flat weights have 3 entries"):
         run.write(start=torch.ones(3))
+
+
+def test_adapters_are_not_written_this_way(adapters):
+    run = open_run("runs/lora_tiny", device="cpu")
+    for ask in (
+        lambda: run.write(prompt="the last word"),
+        lambda: run.measure(torch.zeros(1, run.task.structure.size)),
+    ):
+        with pytest.raises(ConfigError, match=r"adapters of a language model; write them by rpg\.write_adapter"):
+            ask()

@@ -128,6 +128,13 @@ def test_tokens_without_noise_and_time_are_encoded_once_for_all_steps(policy, co
     assert len(encoded) + constant == len(model.decoder.input_splits)
 
 
+def test_a_single_token_of_everything_is_never_known_before():
+    model, (x_t, t, *known) = trained("chunk", 10_000), inputs()
+    tokens = model.constant_tokens(*known)
+    assert tokens.shape == (3, 0, 16)
+    assert torch.equal(model(x_t, t, *known, tokens), model(x_t, t, *known))
+
+
 def test_the_last_block_computes_what_is_decoded_and_no_more():
     model, widths = trained(), []
     for block in model.decoder.blocks:
