@@ -52,6 +52,8 @@ class _Convolution(torch.autograd.Function):
     def backward(context, gradient: Tensor):
         images, kernels = context.saved_tensors
         by_images = by_kernels = None
+        if context.geometry[-1]:  # gradients of averages over pixels come otherwise, which both kernels read slowly
+            gradient = gradient.movedim(2, -1).contiguous().movedim(-1, 2)
         if context.needs_input_grad[0]:
             by_images = images_gradient(gradient, kernels, images.shape[-2:], *context.geometry)
         if context.needs_input_grad[1]:
@@ -132,7 +134,7 @@ def kernels_gradient(
 ) -> Tensor:
     """Gradient `[P, O, C, h, w]` of `population_conv2d` by kernels of `size` h, w."""
     out = gradient.new_empty(len(gradient), gradient.shape[2], images.shape[2], *size)
-    if _has_kernels(images):
+    if _has_kernels(gradient):
         from Gpt.population import convolution_kernels
 
         with torch.cuda.device(images.device):

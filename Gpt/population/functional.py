@@ -19,9 +19,7 @@ from Gpt.population.layers import PopulationConv2d, for_populations
 from Gpt.seeds import own_random_state
 from Gpt.structure import Structure
 
-# Numbers that one pass may hold: a cache (16 MiB in float32); on a GPU 4 GiB, so that passes outlast their launches.
-CPU_NUMBERS = 2**22
-CUDA_NUMBERS = 2**30
+CPU_NUMBERS = 2**22  # that one pass may hold: a cache, 16 MiB in float32
 CUDA_GRADIENT_NUMBERS = 2**31
 
 
@@ -107,11 +105,18 @@ def piece(numbers: int, examples: int, device: torch.device, population: int = 2
         population: how many networks there are.
     """
     if device.type == "cuda":
-        limit, most = CUDA_NUMBERS, max(1024, CUDA_NUMBERS // max(1, numbers * population))
+        limit = cuda_numbers(device)
+        most = max(1024, limit // max(1, numbers * population))
     else:
         limit, most = CPU_NUMBERS, 256
     examples = max(1, min(examples, most, limit // numbers))
     return max(1, limit // (numbers * examples)), examples
+
+
+@cache
+def cuda_numbers(device: torch.device) -> int:
+    """Numbers that one pass may hold on a GPU: an eighth of its memory in float32, so that passes outlast launches."""
+    return torch.cuda.get_device_properties(device).total_memory // (8 * 4)
 
 
 @torch.no_grad()

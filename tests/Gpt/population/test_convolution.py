@@ -111,6 +111,16 @@ def test_images_that_networks_share_are_not_copied(monkeypatch):
     torch.testing.assert_close(maps, torch.stack([F.conv2d(images, w) for w in kernels]), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_reach_the_kernels_with_channels_last(everywhere, monkeypatch):
+    """An average over pixels hands its gradient on in the usual layout, which the kernels would read with strides."""
+    template, structure, weights, shared, own, labels = population_of(ConvNet)
+    gradient = population_gradient(template, structure, shared[:1])
+    seen = []
+    monkeypatch.setattr(convolution, "_has_kernels", lambda maps: seen.append(maps.movedim(2, -1).is_contiguous()))
+    gradient(weights, own.movedim(2, -1).contiguous().movedim(-1, 2), labels)
+    assert seen == 5 * [True]
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_operators_keep_their_promises_to_the_compiler(channels_last):
     images = torch.randn(2, 3, 4, 6, 5, generator=rng("cpu", 0))
