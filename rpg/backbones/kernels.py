@@ -7,6 +7,7 @@ when called, on machines without a GPU.
 import functools
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,9 @@ def load(path: str) -> Callable | None:
     """The function at the dotted `path`, or None if its package is missing or broken here; logs once which."""
     module, name = path.rsplit(".", 1)
     try:
-        kernel = getattr(importlib.import_module(module), name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # what a package warns of while it is imported does not break it
+            kernel = getattr(importlib.import_module(module), name)
     except Exception as error:  # half-built extensions raise anything, OSError and AttributeError included
         logger.info("%s is not available (%s); using the PyTorch implementation", path, error)
         return None

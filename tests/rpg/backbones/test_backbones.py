@@ -339,14 +339,16 @@ def test_cuda_equals_cpu(name):
     ("name", "package"),
     [("mamba2", "mamba_ssm"), ("mamba", "mamba_ssm"), ("hgrn2", "fla"), ("mamba2", "causal_conv1d")],
 )
-def test_the_kernels_of_an_installed_package_are_used_on_cuda(name, package, monkeypatch):
+def test_the_kernels_of_an_installed_package_are_used_on_cuda(name, package, monkeypatch, caplog):
     """Where none loads, the comparison of devices above is of PyTorch with PyTorch."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
+    caplog.set_level("INFO")
+    kernels.load.cache_clear()
     found, load = {}, kernels.load
     monkeypatch.setattr(kernels, "load", lambda path: found.setdefault(path.partition(".")[0], load(path)))
     build(name).cuda()(noise(2, 130, WIDTH, dtype=torch.float32).cuda())
-    assert found[package] is not None
+    assert found[package] is not None, caplog.text
 
 
 # ---- errors ----

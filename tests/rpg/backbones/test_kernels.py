@@ -7,6 +7,7 @@ documented contract, written as a loop, and CPU tensors pass for CUDA tensors.
 import logging
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,15 @@ CONTRACTS = {
     "hgrn2": chunk_gla,
     "convolution": causal_conv1d_fn,
 }
+
+
+def test_a_package_that_warns_while_it_is_imported_is_used(monkeypatch, tmp_path):
+    (tmp_path / "grumbling.py").write_text("import warnings\nwarnings.warn('no driver')\ndef kernel(): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("error")
+        assert kernels.load("grumbling.kernel") is not None
+    assert [str(warning.message) for warning in told] == ["no driver"]
 
 
 @pytest.mark.parametrize("kernel", CONTRACTS)
