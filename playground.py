@@ -2,6 +2,7 @@
 
     python playground.py                                     the generator of runs/digits_loss, trained by main.py
     python playground.py --config-name cifar10_loss wanted=1.3 count=16
+    python playground.py updates=5                           the best networks: five updates in a row
     python playground.py run.name=mine keyframes=0           the generator of another run, no walk
     python playground.py --config-name digits_mask_rpg prompt="all even digits"      networks for a class mask, in words
     python playground.py --config-name digits_mask_rpg mask=1010101010               or in bits, class 0 first
@@ -72,6 +73,7 @@ class PlaygroundConfig:
             adapter is for.
         prompts: file of prompts that adapters are for.
         mask: the classes in bits, the first class first.
+        updates: in a row, each of what the one before wrote.
         base_name: what an adapter's folder says that its base model is called.
         seed: names the starting networks and the noise.
         steps, guidance: of the sampler, see `Generator.sample`.
@@ -85,6 +87,7 @@ class PlaygroundConfig:
     prompt: str | None = None
     prompts: str | None = None
     mask: str | None = None
+    updates: PositiveInt = 1
     base_name: str = ""
     seed: int = 0
     steps: PositiveInt | None = None
@@ -124,8 +127,8 @@ def write_adapters(generator: Generator, task: Task, config: PlaygroundConfig, f
         ConfigError: it is not said by prompts, and by prompts alone, what the adapters are for.
         DataError: the file of prompts cannot be read.
     """
-    if config.wanted is not None or config.mask is not None or config.count not in (None, 1):
-        raise ConfigError("wanted, mask, count: adapters are written for prompts alone, one for each task")
+    if config.wanted is not None or config.mask is not None or config.count not in (None, 1) or config.updates > 1:
+        raise ConfigError("wanted, mask, count, updates: adapters are written for prompts alone, one for each task")
     if (config.prompt is None) == (config.prompts is None):
         raise ConfigError('say what the adapter is for, by prompt="Give the last word." or by prompts=FILE')
     tasks = {"": [config.prompt]} if config.prompt is not None else read_tasks(Path(config.prompts or ""))
@@ -147,7 +150,7 @@ def write_networks(run: TrainedRun, config: PlaygroundConfig, folder: Path) -> N
     print("".join(f"{line}\n" for line in wish.understood), end="")
     folder.mkdir(parents=True, exist_ok=True)
     starts = run.fresh_starts(count, config.seed, wish.mask) if run.generator.needs_start else None
-    weights = run.grant(wish, count, starts, **config.sampling)
+    weights = run.grant(wish, count, starts, config.updates, **config.sampling)
     scores = {f"start_{metric}": starts.metric} if starts else {}
     scores |= run.measure(weights, "validation", wish.mask) | run.measure(weights, "test", wish.mask)
     if wish.wanted is not None:

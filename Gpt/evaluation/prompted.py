@@ -160,8 +160,8 @@ class PromptJudge(Judge):
         return Update(rows, networks, price)
 
     def curves(self) -> list[PromptCurve]:
-        """Asked against achieved validation metrics: held-out and training starts, and the two controls."""
-        config, task, held_out = self.config, self.task, self.held_out
+        """Asked against achieved validation metrics: held-out and training starts, several updates, two controls."""
+        config, task, held_out, updates = self.config, self.task, self.held_out, self.config.recursive_steps
 
         def curve(name: str, starts: Starts, wanted: Tensor, handed: Tensor | None = None) -> PromptCurve:
             kind = "generator" if handed is None else "baseline"
@@ -171,10 +171,16 @@ class PromptJudge(Judge):
 
         attainable = self.wishes(held_out, self.attained)
         training = self.starts("train", config.networks)
+        recursive = []
+        if self.generator.needs_start:
+            name = f"{updates} updates, attainable"
+            achieved = prompting.achieved_recursively(self.writer, task, held_out, attainable, updates, name)
+            recursive = [prompting.prompt_curve(name, "generator", attainable, achieved, config.seed)]
         return [
             curve("held-out starts", held_out, self.wishes(held_out, task.best_prompt)),
             curve("held-out starts, attainable", held_out, attainable),
             curve("training starts, attainable", training, self.wishes(training, self.attained)),
+            *recursive,
             curve("shuffled prompts", held_out, attainable, prompting.shuffled(attainable, config.seed)),
             self._retrieval_curve(attainable),
         ]

@@ -1,4 +1,4 @@
-"""Asking a generator for networks: prompt ranges, one-step curves, recursive updates, unfamiliar starting networks."""
+"""Asking a generator for networks: prompt ranges, prompt curves, recursive updates, unfamiliar starting networks."""
 
 from dataclasses import dataclass, replace
 
@@ -121,27 +121,43 @@ def shuffled(wanted: Float[Tensor, "n p"], seed: int) -> Float[Tensor, "n p"]:
     return wanted.flatten()[order].view_as(wanted)
 
 
+def achieved_recursively(
+    writer: Writer, task: Task, starts: Starts, wanted: Float[Tensor, "n p"], updates: int, name: str
+) -> Float[Tensor, "n p"]:
+    """Validation metric after several updates in a row, each of which asks for the same wish."""
+    rows = torch.arange(len(wanted)).repeat_interleave(wanted.shape[1])
+    repeated = replace(starts, weights=starts.weights[rows.to(starts.weights.device)], metric=starts.metric[rows])
+    generations = recursive_updates(writer, task, repeated, wanted.flatten(), updates, "fixed", name)
+    return generations[-1].metric.view_as(wanted)
+
+
 def recursive_updates(
-    writer: Writer, task: Task, starts: Starts, target: float, updates: int, mode: str, name: str
+    writer: Writer,
+    task: Task,
+    starts: Starts,
+    target: float | Float[Tensor, " n"],
+    updates: int,
+    mode: str,
+    name: str,
 ) -> list[Starts]:
     """Feed what was written back to the generator, again and again.
 
     Args:
-        target: validation metric to arrive at.
+        target: validation metric to arrive at, of all or of each.
         mode: "fixed" asks for the target every time (Peebles et al. 2022); "stepped" moves the wish in equal parts
             from the start's metric to the target.
 
     Returns:
         `updates + 1` generations, the starts first.
     """
-    generations = [starts]
+    generations, target = [starts], torch.as_tensor(target).to(starts.metric).expand_as(starts.metric)
     for update in range(1, updates + 1):
         fraction = update / updates if mode == "stepped" else 1.0
-        wanted = torch.lerp(starts.metric, torch.full_like(starts.metric, target), fraction)
-        weights = write_updates(writer, generations[-1], wanted, f"{name}/{update}")
-        metric = test_population(task, weights, "validation")[f"validation_{task.metric}"]
+        wanted, before = torch.lerp(starts.metric, target, fraction), generations[-1]
         # A prompt has to be finite: a network broken beyond measure is announced with the metric of its start.
-        metric = torch.where(metric.isfinite(), metric, starts.metric)
+        announced = torch.where(before.metric.isfinite(), before.metric, starts.metric)
+        weights = write_updates(writer, replace(before, metric=announced), wanted, f"{name}/{update}")
+        metric = test_population(task, weights, "validation")[f"validation_{task.metric}"]
         generations.append(replace(starts, weights=weights, metric=metric))
     return generations
 

@@ -223,6 +223,8 @@ def _alignment_sentences(results: Results) -> list[str]:
             drops = curve.alignment.high < followed.alignment.low
             meaning = "so the generator does follow its prompt" if drops else "so it is not shown to follow its prompt"
             sentences.append(f"With shuffled prompts it is {_with_interval(curve.alignment)}, {meaning}.")
+        elif "updates" in curve.name:
+            sentences.append(f"After {curve.name} prompts, it is {_with_interval(curve.alignment)}.")
         elif "retrieval" in curve.name.lower():
             sentences.append(f"Retrieval's is {_with_interval(curve.alignment)}.")
     return sentences

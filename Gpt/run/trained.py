@@ -5,6 +5,7 @@
     run = open_run("runs/digits_loss")
     weights = run.write(4, wanted=0.3)              # [4, D], updates of fresh initialisations
     weights = run.write(start=net, wanted=0.3)      # of a network of one's own
+    weights = run.write(4, updates=5)               # five in a row, which makes the best networks
     run.measure(weights, "test")                    # {"test_loss": [4], "test_error": [4]}
     net = run.network(weights[0])                   # a module; run.task.structure.state_dict(weights[0]) for the dict
 
@@ -140,6 +141,7 @@ class TrainedRun:
         mask: str | Bool[Tensor, " classes"] | None = None,
         prompt: str | None = None,
         start: nn.Module | Mapping[str, Tensor] | Float[Tensor, "*n D"] | None = None,
+        updates: int = 1,
         seed: int = 0,
         steps: int | None = None,
         guidance: float = 1.0,
@@ -150,6 +152,7 @@ class TrainedRun:
             count: 8 by default, or as many as there are starts.
             wanted, mask, prompt: see `wish`.
             start: networks to update, in turn; fresh initialisations by default. None where no start is needed.
+            updates: in a row, each of what the one before wrote, which is measured on the validation split in between.
             seed: names the noise and the fresh initialisations; network i does not depend on `count`, but for rounding.
             steps, guidance: of the sampler, see `Generator.sample`.
 
@@ -169,11 +172,26 @@ class TrainedRun:
             count = len(starts.weights) if starts else COUNT
         if starts is None and self.generator.needs_start:
             starts = self.fresh_starts(count, seed, wish.mask)
-        return self.grant(wish, count, starts, steps=steps, guidance=guidance, seed=seed)
+        return self.grant(wish, count, starts, updates, steps=steps, guidance=guidance, seed=seed)
 
-    def grant(self, wish: Wish, count: int, starts: Starts | None, **sampling: Any) -> Float[Tensor, "count D"]:
-        """The networks of a wish; `sampling` are settings of `Writer`."""
-        return self.writer(**sampling)(wish.request(count, starts, self.device), "playground")
+    def grant(
+        self, wish: Wish, count: int, starts: Starts | None, updates: int = 1, **sampling: Any
+    ) -> Float[Tensor, "count D"]:
+        """The networks of a wish; `sampling` are settings of `Writer`.
+
+        Raises:
+            ConfigError: there are to be several updates, or none, of what has no start; or none of what has one.
+        """
+        if updates < 1 or (updates > 1 and starts is None):
+            why = "this generator writes from noise alone, hence once" if starts is None else "one at least"
+            raise ConfigError(f"updates={updates}: {why}")
+        writer = self.writer(**sampling)
+        weights = writer(wish.request(count, starts, self.device), "playground")
+        for update in range(2, updates + 1):
+            assert starts is not None
+            starts = self.measured_starts(weights, wish.mask, instead=starts.metric)
+            weights = writer(wish.request(count, starts, self.device), f"playground/{update}")
+        return weights
 
     def writer(self, **sampling: Any) -> Writer:
         return Writer(self.generator, max_batch=self.experiment.config.evaluation.max_batch, **sampling)
@@ -205,10 +223,22 @@ class TrainedRun:
         seeds = [derive_seed(seed, "playground", "start", i) for i in range(count)]
         return self.measured_starts(stack_initial(self.task.constructor, self.task.structure, seeds), mask)
 
-    def measured_starts(self, weights: Float[Tensor, "n D"], mask: Bool[Tensor, " classes"] | None) -> Starts:
-        """Networks to start from, with the validation metric that the generator is told."""
+    def measured_starts(
+        self,
+        weights: Float[Tensor, "n D"],
+        mask: Bool[Tensor, " classes"] | None,
+        instead: Float[Tensor, " starts"] | None = None,
+    ) -> Starts:
+        """Networks to start from, with the validation metric that the generator is told.
+
+        Args:
+            instead: metrics, taken in turn for networks broken beyond measure, for a prompt has to be finite.
+        """
         weights = weights.to(self.device)
         metric = self.measure(weights, "validation", mask)[f"validation_{self.task.metric}"]
+        if instead is not None:
+            former = instead[torch.arange(len(metric)) % len(instead)].to(metric)
+            metric = torch.where(metric.isfinite(), metric, former)
         return Starts("starts", weights, metric)
 
     # --- what a generator can be asked for ----------------------------------------------------------------------------

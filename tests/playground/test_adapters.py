@@ -39,6 +39,7 @@ def test_an_adapter_is_written_for_a_prompt_a_file_and_a_batch(adapters, capsys)
         ({"prompt": "a", "prompts": "b"}, ["prompt=", "prompts=FILE"]),
         ({"prompt": "a", "count": 3}, ["count", "one for each task"]),
         ({"prompt": "a", "wanted": 3.0}, ["wanted", "prompts alone"]),
+        ({"prompt": "a", "updates": 2}, ["updates", "prompts alone"]),
         ({"prompt": "a", "guidance": 2.0}, ["guidance=2.0"]),
     ],
 )

@@ -139,6 +139,8 @@ def test_a_generator_from_noise_that_is_told_a_metric_starts_nowhere(tmp_path, m
     assert "start_validation_loss" not in json.loads((low / "networks.json").read_text())["networks"][0]
     name = "network-000.safetensors"
     assert (low / name).read_bytes() != (high / name).read_bytes()
+    with pytest.raises(ConfigError, match="updates=2.*from noise alone"):
+        play(prompted, PlaygroundConfig(**SHORT, wanted=0.2, updates=2, out="twice"))
 
 
 def test_a_single_task_takes_no_mask(here):

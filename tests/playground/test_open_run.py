@@ -56,6 +56,28 @@ def test_a_network_of_ones_own_is_updated(stored):
     torch.testing.assert_close(four[:1], written)
 
 
+def test_several_updates_start_from_what_was_written_and_are_told_what_it_measures(stored, monkeypatch):
+    run = open_run(stored, device="cpu")
+    told, sample = [], run.generator.sample
+
+    def listening(prompt, start=None, **settings):
+        told.append((prompt["target_metric"].clone(), start.clone(), sample(prompt, start, **settings)))
+        return told[-1][-1]
+
+    monkeypatch.setattr(run.generator, "sample", listening)
+    written = run.write(2, wanted=0.2, updates=3)
+    assert len(told) == 3 and torch.equal(written, told[-1][-1])
+    for (_, _, before), (prompt, start, _) in zip(told, told[1:], strict=False):
+        assert torch.equal(start, before)
+        assert torch.equal(prompt[:, 0], run.measure(before, "validation")["validation_loss"])
+        assert (prompt[:, 1] == 0.2).all()
+    assert torch.equal(run.write(2, wanted=0.2), told[0][-1])
+    broken = run.measured_starts(torch.full_like(written, torch.nan), None, instead=torch.tensor([2.0]))
+    assert torch.equal(broken.metric, torch.full_like(broken.metric, 2.0))
+    with pytest.raises(ConfigError, match="updates=0: one at least"):
+        run.write(2, updates=0)
+
+
 def test_what_is_written_is_measured_and_becomes_a_module(stored):
     run = open_run(stored, device="cpu")
     weights = run.write(2, wanted=0.2)

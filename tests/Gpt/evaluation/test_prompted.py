@@ -55,6 +55,7 @@ def test_a_copying_generator_is_aligned_as_good_as_retrieval_and_found_out(resul
     curves = {curve.name: curve for curve in results.curves}
     assert curves["held-out starts, attainable"].alignment.mean > 0.9
     assert curves["retrieval"].alignment.mean > 0.9
+    assert curves["3 updates, attainable"].alignment.mean > 0.9
     assert curves["shuffled prompts"].alignment.mean < 0.2
     assert {name for name, curve in curves.items() if curve.kind == "baseline"} == {"shuffled prompts", "retrieval"}
     assert len(curves["held-out starts"].prompted) == 8 and len(curves["held-out starts"].prompted[0]) == 6

@@ -95,6 +95,24 @@ def test_recursion_asks_for_the_target_or_steps_towards_it(task, zoo):
     assert all((prompt[:, 1] == 0.2).all() for prompt in asked)
 
 
+def test_several_updates_ask_for_every_wish_of_every_start_again(task, zoo):
+    starts = prompting.initial_networks(zoo, task, "test", 3, "cpu")
+    wanted, asked = torch.arange(6.0).view(3, 2), []
+
+    class Listening(Toy):
+        def sample(self, prompt, start=None, *, count=None, steps=None, guidance=1.0, seed=0, noise=None):
+            asked.append((prompt["target_metric"], start))
+            return zoo.read(torch.arange(6) + 50, torch.full((6,), len(asked)))
+
+    achieved = prompting.achieved_recursively(Writer(Listening()), task, starts, wanted, 2, "r")
+    torch.testing.assert_close(achieved.flatten(), zoo.metrics["validation_loss"][50:56, 2])
+    (first, started), (second, written) = asked
+    assert torch.equal(started, starts.weights.repeat_interleave(2, 0))
+    assert torch.equal(first[:, 1], wanted.flatten()) and torch.equal(second[:, 1], wanted.flatten())
+    assert torch.equal(written, zoo.read(torch.arange(6) + 50, torch.full((6,), 1)))
+    torch.testing.assert_close(second[:, 0], zoo.metrics["validation_loss"][50:56, 1])
+
+
 def test_a_generator_from_noise_is_not_told_a_starts_metric():
     asked = []
 
