@@ -236,6 +236,9 @@ def _write_cache(file: Path, known: dict[str, Tensor], identity: str) -> None:
     os.replace(partial, file)
 
 
+ALIKE = 0.3  # cosine to the nearest known clause; the least alike of 1,100 clauses that were held out have 0.31
+
+
 class TextHead(nn.Module):
     """Clause embedding -> probability of every class, and of fitting any class at all; an ensemble of small MLPs.
 
@@ -244,13 +247,23 @@ class TextHead(nn.Module):
         features: length of an embedding.
         hidden: width of the two hidden layers.
         members: networks of the ensemble; their probabilities are averaged.
+        known: clauses that fit a class and that it was trained on; what is like none of them fits none.
     """
 
+    known: Tensor
+
     def __init__(
-        self, classes: Sequence[str], features: int = 384, hidden: int = 256, members: int = 3, dropout: float = 0.3
+        self,
+        classes: Sequence[str],
+        features: int = 384,
+        hidden: int = 256,
+        members: int = 3,
+        known: int = 0,
+        dropout: float = 0.3,
     ):
         super().__init__()
         self.classes, self.features, self.hidden = tuple(classes), features, hidden
+        self.register_buffer("known", torch.zeros(known, features))
 
         def member() -> nn.Module:
             return nn.Sequential(
@@ -267,8 +280,11 @@ class TextHead(nn.Module):
         return torch.stack([member(scaled) for member in self.members])
 
     def forward(self, embedding: Float[Tensor, "n features"]) -> Float[Tensor, "n outputs"]:
-        """Probabilities, averaged over the ensemble."""
-        return self.logits(embedding).sigmoid().mean(0)
+        """Probabilities, averaged over the ensemble; a clause about something else entirely fits no class."""
+        *classes, fits = self.logits(embedding).sigmoid().mean(0).unbind(1)
+        if len(self.known):
+            fits = fits * ((embedding @ self.known.mT).amax(1) >= ALIKE)
+        return torch.stack([*classes, fits], 1)
 
     def save(self, file: str | Path, encoder: str = "") -> None:
         """Write a safetensors file; `encoder` is the identity of the encoder that the head was trained with."""
@@ -277,6 +293,7 @@ class TextHead(nn.Module):
             "features": self.features,
             "hidden": self.hidden,
             "members": len(self.members),
+            "known": len(self.known),
         }
         save_tensors(self.state_dict(), Path(file), {"head": json.dumps(shape), "encoder": encoder})
 
@@ -334,7 +351,9 @@ def train_text_head(
     weight[:, -1] = 1
 
     with own_random_state(derive_seed(seed, "text head")):  # for initialisation and dropout
-        head = TextHead(classes, embedding.shape[1])
+        fitting = embedding[mask.any(1)]
+        head = TextHead(classes, embedding.shape[1], known=len(fitting))
+        head.known.copy_(fitting)
         optimizer = torch.optim.AdamW(head.parameters(), learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
         for step in range(steps):

@@ -120,11 +120,21 @@ def test_the_head_averages_probabilities_of_its_members():
     assert head(x).shape == (2, 3)
 
 
+def test_a_clause_like_nothing_that_was_learned_fits_no_class(reader, monkeypatch):
+    """Whatever the ensemble says of it, which was never told about most of what can be said."""
+    x = bag_of_words(["cats", "zygomorphic quaternions"])
+    monkeypatch.setattr(reader.head, "logits", lambda embedding: torch.full((1, len(embedding), 11), 9.0))
+    assert (reader.head.known @ x[1]).max() < text.ALIKE
+    fits = reader.head(x)[:, -1]
+    assert fits[0] > 0.99 and fits[1] == 0
+    assert (reader.head(x)[:, :-1] > 0.99).all()  # of the classes it says what it said
+
+
 def test_a_head_survives_saving(tmp_path, reader):
     file = tmp_path / "head.safetensors"
     reader.head.save(file, "encoder-1")
     loaded = text.TextHead.load(file, "encoder-1")
-    x = bag_of_words(["cats and dogs"])
+    x = bag_of_words(["cats and dogs", "zygomorphic quaternions"])
     assert loaded.classes == CLASSES["cifar10"] and not loaded.training
     assert torch.equal(loaded(x), reader.head(x))
 
