@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.adapters.answers import Answers
+from Gpt.adapters.changes import delta_cosine
 from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.decoding import greedy_replies
 from Gpt.adapters.family import AdapterFamily
@@ -290,7 +291,7 @@ class AdapterJudge(Judge):
     def novelty(self, lines: Sequence[Line], trained: Line) -> list[Novelty]:
         """1 - cosine of the change B A to the nearest training adapter, for the first split."""
         split = self.tasks.splits[0]
-        between = partial(baselines.delta_cosine, self.tasks.base, self.tasks.recipe.spec)
+        between = partial(delta_cosine, self.tasks.recipe.base, self.tasks.recipe.spec)
 
         def measured(line: Line) -> Measured:
             distance = baselines.nearest_distance(between(line.adapters[split], self.library)).cpu()
