@@ -200,6 +200,10 @@ class AdapterGenerator(Generator):
             weight = self.tokens.mean(movement(batch.target / self.unit, batch.members))
             self.importance.copy_((weight / weight.mean())[self.tokens.token])
 
+    @property
+    def needs_answers(self) -> bool:
+        return self.config.loss.sft > 0
+
     def forward(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
         """The adapter for every set of prompts."""
         return self.fresh + self.unit * self.decode(prompts)
@@ -212,7 +216,8 @@ class AdapterGenerator(Generator):
         """The terms of `config.loss` that are switched on at `batch.progress`.
 
         Raises:
-            ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer.
+            ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer where the loss
+            goes through the language model.
         """
         batch = _adapter_batch(batch)
         scaled = self.decode(self._disturbed(self._states(batch.prompt, len(batch.target)), rng)).float()

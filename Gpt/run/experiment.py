@@ -220,6 +220,7 @@ class Experiment:
         features = self.encoder.features if another else PROMPT_FEATURES["text"]
         generator = build_generator(self.config, self.task.structure, features).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
+        self._check_answers(generator)
         if self.config.distillation.weight:
             if not generator.distils:
                 name = self.config.generator["name"]
@@ -227,6 +228,19 @@ class Experiment:
             generator.distillation = distillation(self.task, self.config.distillation)
             generator.distils_after = self.config.distillation.after
         return generator
+
+    def _check_answers(self, generator: Generator) -> None:
+        """Raises:
+        ConfigError: its loss needs answers, and the prompts of the task have none.
+        """
+        family = self.task.family
+        if isinstance(family, AdapterFamily) and generator.needs_answers and not family.answered:
+            raise ConfigError(
+                f"generator.loss.sft={self.config.generator['loss']['sft']}: a loss through the language model needs "
+                f"answers, and the prompts of task {self.task.name!r} have none; learn from the weights alone, by "
+                "generator.loss.sft=0 generator.loss.mse=1 generator.loss.regression_until=1, or prepare the prompts "
+                "with answers"
+            )
 
     @cached_property
     def checkpoints(self) -> CheckpointFolder:
