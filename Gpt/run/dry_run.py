@@ -97,11 +97,6 @@ def run_checks(rehearsal: "Rehearsal") -> list[Check]:
 class Rehearsal(Experiment):
     """The parts of a run, with a zoo that is there at once: the stored one, where it is complete, or a tiny one."""
 
-    @property
-    def unanswered(self) -> bool:
-        """Whether the task is about adapters that nothing but other adapters can judge."""
-        return isinstance(self.task.family, AdapterFamily) and not self.task.family.answered
-
     @cached_property
     def iterations(self) -> list[int]:
         """Training iterations of the snapshots that the zoo will have; none where the zoo is imported."""

@@ -151,11 +151,22 @@ class Experiment:
             runs=settings.runs if task.recipe and not task.checkpoints else None,
         )
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether the task is about adapters that nothing but other adapters can judge."""
+        return isinstance(self.task.family, AdapterFamily) and not self.task.family.answered
+
     def check_refresh(self) -> None:
         """Raises:
-        ConfigError: the zoo is to change as training goes on, and cannot.
+        ConfigError: the zoo is to change as training goes on, and cannot; or it is to be trained in memory, and can
+            only be imported.
         """
         settings = self.config.zoo
+        if not settings.store and self.unanswered:
+            raise ConfigError(
+                f"zoo.store=false: the prompts of task {self.task.name!r} have no answers, so that its adapters are "
+                "imported, not trained; leave it out"
+            )
         if settings.refresh_every and settings.store:
             raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
         if settings.refresh_every and (self.task.family or self.config.generator.get("identities")):
@@ -233,8 +244,7 @@ class Experiment:
         """Raises:
         ConfigError: its loss needs answers, and the prompts of the task have none.
         """
-        family = self.task.family
-        if isinstance(family, AdapterFamily) and generator.needs_answers and not family.answered:
+        if self.unanswered and generator.needs_answers:
             raise ConfigError(
                 f"generator.loss.sft={self.config.generator['loss']['sft']}: a loss through the language model needs "
                 f"answers, and the prompts of task {self.task.name!r} have none; learn from the weights alone, by "
@@ -315,10 +325,11 @@ class Experiment:
 
         Raises:
             ConfigError: the generator, its sampler, the objective, the conditions, the tracker, the shares of a batch,
-                the published weights or a setting of the evaluation are wrong.
+                where the zoo comes from, the published weights or a setting of the evaluation are wrong.
         """
         self.check_published()
         check_installed(self.config.logger)
+        self.check_refresh()
         if not self.config.test_only:
             self.config.trainer.check_shared(world())
         self.check_judging()  # builds the generator, which checks itself

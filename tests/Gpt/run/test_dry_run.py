@@ -284,6 +284,8 @@ def test_prompts_without_answers_need_no_language_model_and_no_loss_through_it(e
     checks = found("logger=disabled", "trainer.batch_size=2", *weights, **mine)
     assert not troubles(checks)
     assert "of the library" in checks["zoo's networks"].size and "loss " in checks["gradient"].size
+    told = troubles(found("logger=disabled", "zoo.store=false", *weights, **mine))
+    assert [*told] == ["zoo"] and "zoo.store=false" in told["zoo"] and "are imported, not trained" in told["zoo"]
 
 
 def test_a_run_of_other_settings_in_the_folder_is_refused(empty):
