@@ -19,7 +19,8 @@ Optional keys:
     validation_data_fn  () -> tuple; labels, prompts and selection use it (default: data_fn, and the report says so)
     train_data_fn       () -> tuple (inputs, labels) that the recipe trains on
     recipe              a `Gpt.recipes` object: how one network is trained, so that a zoo can be collected
-    checkpoints         folder of existing checkpoints to import instead of, or before, collecting
+    checkpoints         folder of existing checkpoints to import instead of, or before, collecting; of adapters for
+                        prompts without answers there has to be one
     zoo                 name of the zoo; tasks that share networks share a zoo (default: the task's name)
     correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty
     behaviour           a `Gpt.behaviour.Behaviour`: what distillation compares networks by (default: the predictions
@@ -61,7 +62,7 @@ from Gpt.scoring import metric_of
 from Gpt.seeds import own_random_state
 from Gpt.structure import Structure
 
-METRICS = ("loss", "error", "return", "metric")
+METRICS = ("loss", "error", "return", "distance", "metric")
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +269,11 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
             f"{entry['task_test_fn'].__name__} returns first"
         )
     task = Task(name=name, **({"metric": metric} if metric else {}) | dict(entry))
+    if isinstance(task.family, AdapterFamily) and not task.family.answered and not task.checkpoints:
+        raise TaskError(
+            f"task {name!r}: the prompts of {task.family.suite} have no answers, so no adapter can be trained for "
+            "them; add the key 'checkpoints', a folder of adapters, or prepare the prompts with answers"
+        )
     try:
         task.structure  # noqa: B018 - evaluated for its checks
     except StructureError as error:

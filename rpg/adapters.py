@@ -200,6 +200,10 @@ class AdapterGenerator(Generator):
             weight = self.tokens.mean(movement(batch.target / self.unit, batch.members))
             self.importance.copy_((weight / weight.mean())[self.tokens.token])
 
+    @property
+    def needs_answers(self) -> bool:
+        return self.config.loss.sft > 0
+
     def forward(self, prompts: PromptStates) -> Float[Tensor, "B D"]:
         """The adapter for every set of prompts."""
         return self.fresh + self.unit * self.decode(prompts)
@@ -212,7 +216,8 @@ class AdapterGenerator(Generator):
         """The terms of `config.loss` that are switched on at `batch.progress`.
 
         Raises:
-            ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer.
+            ConfigError: the batch is not one of `Gpt.data.adapter_batches`, or has no examples to answer where the loss
+            goes through the language model.
         """
         batch = _adapter_batch(batch)
         scaled = self.decode(self._disturbed(self._states(batch.prompt, len(batch.target)), rng)).float()
@@ -322,15 +327,17 @@ def movement(weights: Float[Tensor, "n D"], members: Tensor) -> Float[Tensor, " 
     """Standard deviation of every weight among the adapters of one member, averaged over the members.
 
     Raises:
-        ConfigError: no member is there twice, so that nothing is seen to move.
+        ConfigError: no member has two different adapters, so that nothing is seen to move.
     """
     repeated = [member for member, count in Counter(members.tolist()).items() if count > 1]
-    if not repeated:
+    adapters = [weights[members == member] for member in repeated]
+    if not any((rows != rows[0]).any() for rows in adapters):
         raise ConfigError(
-            "generator.loss.importance=true: token weights are read off several snapshots of a run, and there is one "
-            "of each; set batches.last_snapshots above 1, or importance=false"
+            "generator.loss.importance=true: token weights are read off several snapshots of a run or several adapters "
+            "of a task, and there is one of each; set generator.loss.importance=false, or batches.last_snapshots above "
+            "1 where the zoo has more"
         )
-    return torch.stack([weights[members == member].std(0) for member in repeated]).mean(0)
+    return torch.stack([rows.std(0) for rows in adapters]).mean(0)
 
 
 def _adapter_batch(batch: Batch) -> AdapterBatch:

@@ -36,7 +36,8 @@ class AdapterFamily:
         validation: members of the training part whose S1 examples and prompts choose settings.
         seed: of the split and of all examples and prompts.
         runs_per_member: runs for each held-out and each validation member; training runs cycle without end.
-        train_examples, examples: labelled examples of each member, to train on, and to validate and to test on each.
+        train_examples, examples: labelled examples of each member, to train on, and to validate and to test on each;
+            of prompts without answers there are none.
         prompts: unlabelled prompts of each member that describe it to a generator.
         encoder: what reads these prompts, see `Gpt.adapters.conditions`.
         tokens: states of each prompt's tokens (or sentences, as the encoder has it) that a generator is shown, padded
@@ -85,6 +86,11 @@ class AdapterFamily:
     @property
     def members(self) -> tuple[Member, ...]:
         return self.source.members
+
+    @property
+    def answered(self) -> bool:
+        """Whether there are examples to train and to test adapters on; otherwise they are judged by their weights."""
+        return self.source.answered
 
     @cached_property
     def splits(self) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from Gpt.adapters.base import load_base
-from Gpt.adapters.measure import adapter_parts, measure
+from Gpt.adapters.measure import adapter_parts, library_columns
 from Gpt.adapters.peft_io import adapter_folders, gauge_report, load_adapter, read_adapter
 from Gpt.adapters.suite import Member
 from Gpt.data import shards
@@ -39,7 +38,6 @@ def import_adapters(
     Raises:
         DataError, StructureError: see `read_library`.
     """
-    _, recipe = adapter_parts(task)
     chosen, members, weights = read_library(folder, task)
     different = list(dict.fromkeys(chosen))
     warning = gauge_report([read_adapter(adapter)[0] for adapter in different]).warning if different[1:] else None
@@ -56,11 +54,10 @@ def import_adapters(
         notes=[*notes, warning] if warning else notes,
     )
     shards.create_manifest(Path(path_out), manifest)
-    columns = measure(task, load_base(recipe.base, device), weights, members)
-    columns = {name: values[:, None].cpu() for name, values in columns.items()}
+    columns = library_columns(task, weights, members, device)
     pieces = torch.arange(len(weights)).split(shard_runs)
     for index, ids in enumerate(pieces):
-        parts = {name: values[ids] for name, values in columns.items()}
+        parts = {name: values[ids, None] for name, values in columns.items()}
         shards.write_shard(Path(path_out), manifest, index, ids.tolist(), weights[ids, None], parts)
     shards.remove_shards(Path(path_out), len(pieces))
     return warning

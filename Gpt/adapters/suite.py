@@ -53,6 +53,9 @@ class Suite(Protocol):
     @property
     def members(self) -> tuple[Member, ...]: ...
 
+    @property
+    def answered(self) -> bool: ...  # whether there are examples
+
     def examples(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]: ...
 
     def instructed(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]: ...
@@ -154,6 +157,10 @@ class RuleSuite:
     rules: tuple[str, ...] = tuple(RULES)
     formats: tuple[str, ...] = tuple(FORMATS)
     renderers: tuple[str, ...] = tuple(RENDERERS)
+
+    @property
+    def answered(self) -> bool:
+        return True
 
     @cached_property
     def members(self) -> tuple[Member, ...]:

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     prepared.add_argument("--samples-per-prompt", type=int, default=4)
     prepared.add_argument("--test-ratio", type=float, default=0.1)
     prepared.add_argument("--prompt-key", default="prompt")
-    prepared.add_argument("--answer-key", default="answer", help="may be missing in all samples")
+    prepared.add_argument("--answer-key", default="answer", help="all samples have one, or none")
     prepared.add_argument("--task-key", default="task", help="where a sample has none, its file is its task")
     prepared.set_defaults(command=prepare)
     analyzed = commands.add_parser("analyze", help="statistics of all adapters below a folder")
@@ -68,14 +68,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace) -> list[str]:
-    """Write the folder that `AdapterFamily(suite=folder)` reads."""
+    """Write the folder that `AdapterFamily(suite=folder)` reads.
+
+    Raises:
+        DataError: some samples have an answer and some have none, or there is something in the folder.
+    """
+    _check_empty(options.output_dir)
     samples = [sample for file in options.source for sample in _samples(file, options)]
     parts = prepare_prompts(samples, options.samples_per_prompt, options.test_ratio)
     with _written("--output-dir", options.output_dir):
         write_prompts(options.output_dir, parts)
     tasks = {found.task for sets in parts.values() for found in sets}
     counts = ", ".join(f"{len(sets)} prompt sets in {FILES[part]}" for part, sets in parts.items())
-    return [f"{options.output_dir}: {len(tasks)} tasks, {counts}"]
+    lines = [f"{options.output_dir}: {len(tasks)} tasks, {counts}"]
+    if not parts["train"][0].answers:
+        lines.append(
+            f"no sample has an answer under {options.answer_key!r}: adapters for these prompts are imported, not "
+            "trained here, and what is written is judged by its distance to them"
+        )
+    return lines
+
+
+def _check_empty(folder: Path) -> None:
+    """Raises:
+    DataError: there is something in it.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"--output-dir {folder} is not empty; give a new folder, or empty it")
 
 
 @contextmanager
@@ -102,7 +121,7 @@ def _samples(file: Path, options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _sample(where: str, line: str, options: argparse.Namespace) -> dict[str, str]:
-    """Prompt and, if they are there, answer and task, under these names."""
+    """Where it is; prompt and, if they are there, answer and task, under these names."""
     try:
         fields = json.loads(line)
     except ValueError as error:
@@ -110,7 +129,7 @@ def _sample(where: str, line: str, options: argparse.Namespace) -> dict[str, str
     if not isinstance(fields, dict) or not isinstance(fields.get(options.prompt_key), str):
         raise DataError(f"{where} has no text under {options.prompt_key!r}; name the key with --prompt-key")
     keys = {"prompt": options.prompt_key, "answer": options.answer_key, "task": options.task_key}
-    return {name: str(fields[key]) for name, key in keys.items() if fields.get(key) is not None}
+    return {"place": where} | {name: str(fields[key]) for name, key in keys.items() if fields.get(key) is not None}
 
 
 def analyze(options: argparse.Namespace) -> list[str]:
@@ -187,8 +206,7 @@ def export(options: argparse.Namespace) -> list[str]:
         DataError: the zoo is not one that was collected for adapters, or there is something in the folder, whose
             adapters would be taken for these.
     """
-    if options.output_dir.is_dir() and any(options.output_dir.iterdir()):
-        raise DataError(f"--output-dir {options.output_dir} is not empty; give a new folder, or empty it")
+    _check_empty(options.output_dir)
     recipe = read_manifest(options.zoo).recipe
     if recipe["type"] != AdapterRecipe.__name__:
         raise DataError(f"{options.zoo} is not a zoo of adapters that this library has trained")

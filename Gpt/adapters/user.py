@@ -4,8 +4,9 @@
 
     {"task": "arc", "prompts": ["…", "…"], "answers": ["…", "…"]}
 
-A set is what describes a task to the generator at once: its prompts, joined; no prompt is in two sets. `answers`,
-where all prompts of a set have one, are what an adapter for the task should write after each.
+A set is what describes a task to the generator at once: its prompts, joined; no prompt is in two sets. `answers` are
+what an adapter for the task should write after each. All sets have them or none: adapters for prompts without answers
+cannot be trained here or tested, but imported ones are learnt from, and what is written is compared with them.
 """
 
 import json
@@ -20,11 +21,15 @@ from Gpt.errors import ConfigError, DataError
 from Gpt.seeds import derive_seed
 
 FILES = {"train": "train.jsonl", "test": "test.jsonl"}
+ALL_OR_NONE = (
+    "adapters are judged by the answers of all prompts, or, where no prompt has one, by their weights: add those that "
+    "are missing, or prepare the samples without any (--answer-key none)"
+)
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of one task that are shown together, and their answers, if there are any."""
+    """Prompts of one task that are shown together, and their answers, unless the suite has none."""
 
     task: str
     prompts: tuple[str, ...]
@@ -44,6 +49,11 @@ class PromptSuite:
     def members(self) -> tuple[Member, ...]:
         return tuple(Member(task, "plain") for task in dict.fromkeys(found.task for _, found in self.sets))
 
+    @cached_property
+    def answered(self) -> bool:
+        """Whether the prompts have answers."""
+        return all(found.answers for _, found in self.sets)
+
     def examples(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]:
         """Prompts with their answers.
 
@@ -56,7 +66,10 @@ class PromptSuite:
             for prompt, answer in zip(found.prompts, found.answers, strict=False)  # all have one, or none
         ]
         if not known:
-            raise DataError(f"task {member.rule!r} has no answers in its {split} part; add the key 'answer' to samples")
+            raise DataError(
+                f"task {member.rule!r} has no answers that an adapter could be trained on or tested by; add the key "
+                "'answer' to its samples"
+            )
         return _drawn(known, count, derive_seed(seed, "examples", member.name, split))
 
     def instructed(self, member: Member, split: str, count: int, seed: int = 0) -> list[Example]:
@@ -88,9 +101,10 @@ def is_prompt_folder(path: str) -> bool:
 @lru_cache(maxsize=8)
 def read_prompts(path: str) -> PromptSuite:
     """Raises:
-    DataError: a line is not a prompt set; names file and line.
+    DataError: a line is not a prompt set, or has answers where the first has none, or the other way round; names file
+        and line.
     """
-    sets = []
+    sets: list[tuple[str, PromptSet]] = []
     for part, name in FILES.items():
         text = (Path(path) / name).read_text(encoding="utf-8")
         for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
@@ -101,6 +115,12 @@ def read_prompts(path: str) -> PromptSuite:
                     raise ValueError(f"{len(found.prompts)} prompts, but {len(found.answers)} answers")
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{Path(path) / name}, line {number} is not a prompt set ({error!r})") from error
+            if sets and bool(found.answers) != bool(sets[0][1].answers):
+                one, other = ("", "none") if found.answers else ("no ", "some")
+                raise DataError(
+                    f"{Path(path) / name}, line {number} (task {found.task!r}) has {one}answers, the first set has "
+                    f"{other}; {ALL_OR_NONE}"
+                )
             sets.append((part, found))
     return PromptSuite(tuple(sets))
 
@@ -113,17 +133,19 @@ def prepare_prompts(
     A prompt that occurs again in a task is left out; the last set of a task may be smaller than the others.
 
     Args:
+        samples: "place", where a sample is from, is for error messages alone.
         samples_per_prompt: prompts of a set.
         test_ratio: share of each task's sets that are for testing; at least one, and not all.
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: a task has too few prompts for two sets.
+        DataError: some samples have an answer and some have none, or a task has too few prompts for two sets.
     """
     if samples_per_prompt < 1:
         raise ConfigError(f"--samples-per-prompt {samples_per_prompt}: a set has at least one prompt")
     if not 0 < test_ratio < 1:
         raise ConfigError(f"--test-ratio {test_ratio}: a share of the sets is for testing; choose above 0 and below 1")
+    _check_answers(samples)
     by_task: dict[str, dict[str, str | None]] = {}
     for sample in samples:
         by_task.setdefault(sample["task"], {}).setdefault(sample["prompt"], sample.get("answer"))
@@ -134,8 +156,8 @@ def prepare_prompts(
         sets = []
         for first in range(0, len(prompts), samples_per_prompt):
             members = tuple(prompts[first : first + samples_per_prompt])
-            replies = [answer for prompt in members if (answer := answers[prompt]) is not None]
-            sets.append(PromptSet(task, members, tuple(replies) if len(replies) == len(members) else ()))
+            replies = tuple(answer for prompt in members if (answer := answers[prompt]) is not None)
+            sets.append(PromptSet(task, members, replies))
         if len(sets) < 2:
             raise DataError(
                 f"task {task!r} has {len(prompts)} different prompts, too few for two sets of {samples_per_prompt}, "
@@ -145,6 +167,17 @@ def prepare_prompts(
         parts["test"] += sets[:tests]
         parts["train"] += sets[tests:]
     return parts
+
+
+def _check_answers(samples: Sequence[Mapping[str, str]]) -> None:
+    """Raises:
+    DataError: some samples have an answer and some have none; names the first of either kind.
+    """
+    first: dict[bool, str] = {}
+    for sample in samples:
+        first.setdefault("answer" in sample, sample.get("place", f"the prompt {sample['prompt'][:60]!r}"))
+    if len(first) == 2:
+        raise DataError(f"{first[False]} has no answer, but {first[True]} has one; {ALL_OR_NONE}")
 
 
 def write_prompts(folder: str | Path, parts: Mapping[str, Sequence[PromptSet]]) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from Gpt.adapters.answers import Answers, Scores, answer_scores
 from Gpt.adapters.base import load_base
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.spec import AdapterModule, AdapterSpec, adapter_structure
+from Gpt.errors import DataError
 from Gpt.population.functional import Population
 from Gpt.recipes import AdapterRecipe
 
@@ -20,13 +21,14 @@ def adapter_entry(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any
     """An entry for the adapters of one base model, one member of the family after the other.
 
     The data of the test function are the examples of all members and the number of one of them (or one for each network
-    of a `Population`). Nothing is loaded before a network is made or measured.
+    of a `Population`). Nothing is loaded before a network is made or measured. Where prompts have no answers, there is
+    nothing to test: adapters are judged by their distance to those of the folder that the key "checkpoints" names.
     """
     return adapter_functions(family, recipe) | {
         "minimize": True,
         "best_prompt": 0.0,
         "recursive_prompt": 0.0,
-        "metric": "error",
+        "metric": "error" if family.answered else "distance",
         "batched": True,
         "recipe": recipe,
         "family": family,
@@ -35,14 +37,26 @@ def adapter_entry(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any
 
 def adapter_functions(family: AdapterFamily, recipe: AdapterRecipe) -> dict[str, Any]:
     """What of such an entry depends on the base model and on the form of the adapters."""
-    return {
+    made = {"constructor": partial(AdapterModule, recipe.base, recipe.spec)}
+    if not family.answered:
+        return made | dict.fromkeys(("task_test_fn", "data_fn"), partial(untestable, family))
+    return made | {
         "task_test_fn": partial(adapter_error, recipe),
         "correct_fn": partial(adapter_correct, recipe),
-        "constructor": partial(AdapterModule, recipe.base, recipe.spec),
         "data_fn": partial(measured_examples, family, recipe.base, "test"),
         "validation_data_fn": partial(measured_examples, family, recipe.base, "validation"),
         "train_data_fn": partial(training_examples, family, recipe.base),
     }
+
+
+def untestable(family: AdapterFamily, *data_and_net: object) -> NoReturn:
+    """Raises:
+    DataError: always.
+    """
+    raise DataError(
+        f"the prompts of {family.suite} have no answers to test an adapter by; prepare them with answers, or judge "
+        "adapters by their weights, as an evaluation does"
+    )
 
 
 def adapter_error(

@@ -3,7 +3,8 @@
 target    [B, D]              a stored adapter of the task (member) that example b is about
 prompt    a random set of the member's prompts, without answers: {"text": [B, N, L, features]} and the mask of its
           padding, {"text_mask": [B, N, L]}, or the set's mean, {"text": [B, features]}
-answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model
+answers   [B, E]              inputs and answers of that member, for the loss through the frozen language model, if the
+          family has any
 """
 
 from collections import Counter
@@ -23,6 +24,7 @@ from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.replay import AnswerLoss
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
+from Gpt.errors import ConfigError
 from Gpt.generator import Batch, Generator, Prompt
 from Gpt.tasks import Task
 
@@ -35,18 +37,24 @@ class AdapterBatch(Batch):
         members: the task of every example.
         fresh: the untrained adapter, which is the base model.
         known: all prompts of every task that batches of this kind are drawn from.
-        answers: E examples of every task.
-        loss_of: the loss of answers through the frozen language model.
+        answers: E examples of every task; None where prompts have no answers.
+        loss_of: the loss of answers through the frozen language model; None without answers.
     """
 
     members: Int[Tensor, " B"]
     fresh: Float[Tensor, " D"]
     known: PromptStates
-    answers: Answers
-    loss_of: AnswerLoss
+    answers: Answers | None
+    loss_of: AnswerLoss | None
 
     def answer_loss(self, weights: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
-        """Cross-entropy (nats a token) of the answers that the base model gives with each of these adapters."""
+        """Cross-entropy (nats a token) of the answers that the base model gives with each of these adapters.
+
+        Raises:
+            ConfigError: there are no answers.
+        """
+        if self.answers is None or self.loss_of is None:
+            raise ConfigError("the prompts of this task have no answers, so no loss goes through the language model")
         return self.loss_of(weights, self.answers)
 
 
@@ -90,16 +98,21 @@ class AdapterBatchSampler:
         target = self.zoo.read(rows, self.zoo.snapshots - 1 - _below(last, (count,), rng))
         members = self.members[rows]
         sets = self._prompt_sets(members, rng)
-        chosen = _below(self._answers.tokens.shape[1], (count, self.examples), rng)
         return AdapterBatch(
             target=target,
             prompt=_prompt(sets, self.pooled),
             members=members,
             fresh=self.fresh,
             known=self._known,
-            answers=self._answers[members[:, None], chosen],
-            loss_of=self._loss_of,
+            answers=self._examples(members, rng),
+            loss_of=self._loss_of if self.family.answered else None,
         )
+
+    def _examples(self, members: Int[Tensor, " B"], rng: torch.Generator) -> Answers | None:
+        if not self.family.answered:
+            return None
+        chosen = _below(self._answers.tokens.shape[1], (len(members), self.examples), rng)
+        return self._answers[members[:, None], chosen]
 
     def _prompt_sets(self, members: Int[Tensor, " B"], rng: torch.Generator) -> PromptStates:
         count, stored = len(members), self._stored.mask.shape[1]

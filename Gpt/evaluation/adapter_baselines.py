@@ -1,4 +1,4 @@
-"""Adapters for a prompt set without a generator, distances between adapters, and prompts for controls.
+"""Adapters for a prompt set without a generator, distances to stored ones, and prompts for controls.
 
 Means and mixtures are taken of the flat rows as they are. That makes sense where all adapters share one frozen A, so
 that sums of rows are sums of the changes B A; see `Gpt.adapters.peft_io.gauge_report`.
@@ -15,7 +15,7 @@ from Gpt.adapters.answers import Answers
 from Gpt.adapters.base import BaseModel
 from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.replay import AnswerLoss
-from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
+from Gpt.adapters.spec import AdapterSpec
 from Gpt.adapters.suite import Member
 from Gpt.seeds import rng
 
@@ -92,41 +92,6 @@ def multitask_adapter(
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         optimizer.step()
     return weights.detach()
-
-
-def delta_cosine(
-    base: BaseModel, spec: AdapterSpec, first: Float[Tensor, "P D"], second: Float[Tensor, "n D"]
-) -> Float[Tensor, "P n"]:
-    """Cosine of the changes B A of every pair of adapters, all layers in one vector; magnitudes (DoRA) are left out.
-
-    The inner product of B A and B' A' is the sum over the rank's pairs of (Bᵀ B') (A A'ᵀ), so no change is formed. An
-    adapter that changes nothing has cosine 0 with all.
-    """
-    x, y = _factors(base, spec, first), _factors(base, spec, second)
-    layers = [(_pairs(bx, by) * _pairs(ax.mT, ay.mT)).sum((2, 3)) for (bx, ax), (by, ay) in zip(x, y, strict=True)]
-    lengths = _lengths(x)[:, None] * _lengths(y)
-    return torch.stack(layers).sum(0) / lengths.clamp_min(1e-30)
-
-
-def _factors(base: BaseModel, spec: AdapterSpec, weights: Float[Tensor, "P D"]) -> list[tuple[Tensor, Tensor]]:
-    """(B `[P, out, r]`, A `[P or 1, r, in]`) of every adapted layer, in double precision."""
-    tensors = adapter_structure(base, spec).unflatten(weights.double())
-    found = []
-    for name, (_, inputs) in target_shapes(base, spec.targets).items():
-        own = tensors.get(f"{PREFIX}{name}.lora_A.weight")
-        shared = draw_a(name, inputs, spec).to(weights.device, torch.float64)[None]
-        found.append((tensors[f"{PREFIX}{name}.lora_B.weight"], shared if own is None else own))
-    return found
-
-
-def _lengths(factors: list[tuple[Tensor, Tensor]]) -> Float[Tensor, " P"]:
-    """Norm of every adapter's change."""
-    squares = [(b.mT @ b * (a @ a.mT)).sum((1, 2)) for b, a in factors]
-    return torch.stack(squares).sum(0).clamp_min(0).sqrt()
-
-
-def _pairs(x: Float[Tensor, "P m r"], y: Float[Tensor, "n m s"]) -> Float[Tensor, "P n r s"]:
-    return torch.einsum("pmr,nms->pnrs", x, y)
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What stands behind one written adapter, beside what one trained adapter takes."""
 
+import torch
+
 from Gpt import seeds
 from Gpt.adapters.answers import answer_scores
 from Gpt.adapters.base import load_base
@@ -24,15 +26,11 @@ def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spen
     What it took to train adapters that were imported is not known, neither in seconds nor in operations, and counts as
     nothing.
     """
-    family, recipe = adapter_parts(task)
-    base = load_base(recipe.base, zoo.device)
-    answers = family.answers(recipe.base, "train")[:, :1].trimmed().to(zoo.device)
-    fresh = fresh_adapter(task).to(zoo.device).expand(len(answers.tokens), -1)
-    forward = costs.count_flops(lambda: answer_scores(base, recipe.spec, fresh, answers)) / len(fresh)
-    train_seconds = spent.zoo_seconds / zoo.runs
-    train_flops = recipe.iterations * recipe.examples * FROZEN_TRAINING_FACTOR * forward
-    if task.checkpoints:
-        train_seconds = train_flops = 0.0
+    _, recipe = adapter_parts(task)
+    train_seconds = train_flops = 0.0
+    if not task.checkpoints:
+        train_seconds = spent.zoo_seconds / zoo.runs
+        train_flops = recipe.iterations * recipe.examples * FROZEN_TRAINING_FACTOR * forward_flops(task, zoo.device)
     return Costs(
         zoo_seconds=spent.zoo_seconds,
         generator_seconds=spent.training_seconds,
@@ -44,6 +42,15 @@ def adapter_costs(generator: Generator, task: Task, zoo: Zoo, price: Price, spen
         train_flops=train_flops,
         break_even=costs.break_even(spent, price.seconds, train_seconds),
     )
+
+
+def forward_flops(task: Task, device: torch.device) -> float:
+    """Operations of one adapter's answer to one example of its task."""
+    family, recipe = adapter_parts(task)
+    answers = family.answers(recipe.base, "train")[:, :1].trimmed().to(device)
+    fresh = fresh_adapter(task).to(device).expand(len(answers.tokens), -1)
+    base = load_base(recipe.base, device)
+    return costs.count_flops(lambda: answer_scores(base, recipe.spec, fresh, answers)) / len(fresh)
 
 
 def loss_flops(generator: Generator, task: Task, zoo: Zoo) -> float:

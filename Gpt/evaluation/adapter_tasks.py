@@ -1,9 +1,11 @@
 """The language tasks that adapters are judged on: prompts that describe them, examples that test them."""
 
+from functools import cached_property
+
 import torch
 
 from Gpt.adapters.answers import Answers, encode_answers
-from Gpt.adapters.base import load_base
+from Gpt.adapters.base import BaseModel, load_base
 from Gpt.adapters.conditions import PromptStates, prompt_states
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.measure import adapter_parts
@@ -27,7 +29,6 @@ class AdapterTasks:
     """The tasks of a family, split by split; wordings and inputs are those of the split's part.
 
     Attributes:
-        base: the frozen language model.
         rules: the family's source, where its tasks are a rule and a format; else None.
 
     Raises:
@@ -37,9 +38,13 @@ class AdapterTasks:
     def __init__(self, task: Task, device: torch.device | str):
         self.device = device
         self.family, self.recipe = adapter_parts(task)
-        self.base = load_base(self.recipe.base, torch.device(device))
         self.rules = self.family.source if isinstance(self.family.source, RuleSuite) else None
         self.splits = judged_splits(self.family)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The frozen language model, which nothing but answers needs."""
+        return load_base(self.recipe.base, torch.device(self.device))
 
     def members(self, split: str) -> list[Member]:
         return [self.family.members[i] for i in self.family.splits[split]]

@@ -16,13 +16,14 @@ adapters are written, see `Price`, and where the zoo was collected, by each work
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.adapters.answers import Answers
+from Gpt.adapters.changes import delta_cosine
 from Gpt.adapters.conditions import PromptStates
 from Gpt.adapters.decoding import greedy_replies
 from Gpt.adapters.family import AdapterFamily
@@ -33,7 +34,7 @@ from Gpt.errors import ZooError
 from Gpt.evaluation import adapter_baselines as baselines
 from Gpt.evaluation.adapter_confusion import confusions
 from Gpt.evaluation.adapter_costs import adapter_costs
-from Gpt.evaluation.adapter_scores import Line, exact_by_rule, score_adapters, score_tasks
+from Gpt.evaluation.adapter_scores import Line, Scores, exact_by_rule, score_adapters, score_tasks
 from Gpt.evaluation.adapter_tasks import PROMPTS, SHOTS, AdapterTasks, judged_splits
 from Gpt.evaluation.costs import Price, Spent
 from Gpt.evaluation.judge import Judge, Progress
@@ -52,20 +53,25 @@ GAUGED = 32  # adapters whose gauges are compared
 
 
 class AdapterJudge(Judge):
-    """Judges a generator of adapters on the splits of its family, by as many examples of each task as that says."""
+    """Judges a generator of adapters on the splits of its family, by as many examples of each task as that says.
+
+    Attributes:
+        measure: what the report is about, of the first split.
+    """
 
     name = "adapters"
     settings = frozenset({"optimiser_steps"})
     splits = frozenset({"validation"})
+    measure: ClassVar[str] = "exact"
 
     @classmethod
     def fits(cls, task: Task, generator: Generator, conditions: Sequence[str]) -> bool:
-        return isinstance(task.family, AdapterFamily)
+        return isinstance(task.family, AdapterFamily) and task.family.answered
 
     @classmethod
     def column(cls, task: Task) -> str:
         assert isinstance(task.family, AdapterFamily)
-        return f"{judged_splits(task.family)[0]}_exact"
+        return f"{judged_splits(task.family)[0]}_{cls.measure}"
 
     def evaluate(self, spent: Spent = Spent(), progress: Progress = lambda phrase: None) -> Results:
         """The whole evaluation, see `Judge`.
@@ -134,15 +140,24 @@ class AdapterJudge(Judge):
         name: str,
         kind: str,
         adapters: Mapping[str, Float[Tensor, "tasks D"]],
-        answers: Callable[[str], Answers] | None = None,
+        scores: dict[str, Scores] | None = None,
         **details: Any,
     ) -> Line:
-        """Measure `adapters[split]`, one for each of its tasks, on `answers(split)`, by default bare examples."""
-        tasks, of_split = self.tasks, answers or self.tasks.answers
+        """Measure `adapters[split]`, one for each of its tasks, by default as `scores` does."""
+        return Line(name, kind, scores or self.scores(adapters), adapters, details)
+
+    def scores(self, adapters: Mapping[str, Float[Tensor, "tasks D"]]) -> dict[str, Scores]:
+        """What adapters make of bare examples."""
+        return self.answered(adapters, self.tasks.answers)
+
+    def answered(
+        self, adapters: Mapping[str, Float[Tensor, "tasks D"]], answers: Callable[[str], Answers]
+    ) -> dict[str, Scores]:
+        """What adapters make of the examples `answers(split)`."""
+        tasks = self.tasks
         members = {split: tasks.members(split) for split in adapters}
-        examples = {split: of_split(split) for split in adapters}
-        scores = score_tasks(tasks.base, tasks.recipe.spec, tasks.family.source, members, adapters, examples)
-        return Line(name, kind, scores, adapters, details)
+        examples = {split: answers(split) for split in adapters}
+        return score_tasks(tasks.base, tasks.recipe.spec, tasks.family.source, members, adapters, examples)
 
     def everywhere(self, adapter: Float[Tensor, " D"]) -> dict[str, Float[Tensor, "tasks D"]]:
         """One adapter for all tasks."""
@@ -205,10 +220,12 @@ class AdapterJudge(Judge):
             updates, note = None, "imported"
         lines = [self.line(name, "baseline", base)]
         if tasks.rules:  # otherwise the examples are all that is known
-            lines.append(self.line(f"{name}, instruction in the prompt", "baseline", base, instructed))
+            told = self.answered(base, instructed)
+            lines.append(self.line(f"{name}, instruction in the prompt", "baseline", base, told))
+        shown = self.answered(base, tasks.shown_answers)
         return [
             *lines,
-            self.line(f"{name}, {SHOTS} examples in the prompt", "baseline", base, tasks.shown_answers),
+            self.line(f"{name}, {SHOTS} examples in the prompt", "baseline", base, shown),
             self.line("trained adapter", "reference", trained, updates=updates, note=note),
         ]
 
@@ -257,15 +274,21 @@ class AdapterJudge(Judge):
         return lines
 
     def temperature(self) -> float:
-        """The temperature of the mix with the least loss on validation tasks, when the library lacks them."""
+        """The temperature of the mix that is best by `validated`, when the library lacks the validation tasks."""
         tasks = self.tasks
         train, validation = (torch.tensor(tasks.family.splits[name]) for name in ("train", "validation"))
         own = (validation[:, None] == train).to(self.device)
         similar = baselines.similarity(tasks.prompts("validation"), self.library_prompts).masked_fill(own, -torch.inf)
         mixed = {temperature: baselines.softmax_mix(similar, self.library, temperature) for temperature in TEMPERATURES}
-        answers = dict.fromkeys(TEMPERATURES, tasks.answers("validation"))
-        scores = score_adapters(tasks.base, tasks.recipe.spec, mixed, answers)
-        return min(TEMPERATURES, key=lambda temperature: float(scores[temperature]["loss"].mean()))
+        found = self.validated(mixed)
+        return min(found, key=found.__getitem__)
+
+    def validated(self, adapters: Mapping[float, Float[Tensor, "tasks D"]]) -> dict[float, float]:
+        """Mean loss of each set of adapters for the validation tasks."""
+        tasks = self.tasks
+        answers = dict.fromkeys(adapters, tasks.answers("validation"))
+        scores = score_adapters(tasks.base, tasks.recipe.spec, adapters, answers)
+        return {name: float(found["loss"].mean()) for name, found in scores.items()}
 
     def multitask(self) -> list[Line]:
         """One adapter for all training tasks, from bare inputs; another, trained and tested with instructions."""
@@ -281,8 +304,9 @@ class AdapterJudge(Judge):
 
         trained, lines, note = in_chunks(train, len(ways), 1)["adapter"], [], f"{MULTITASK_BATCH} examples a step"
         for (name, instructed), adapter in zip(ways.items(), trained, strict=True):
-            answers = partial(tasks.answers, instructed=instructed)
-            lines.append(self.line(name, "baseline", self.everywhere(adapter), answers, updates=steps, note=note))
+            adapters = self.everywhere(adapter)
+            scores = self.answered(adapters, partial(tasks.answers, instructed=instructed))
+            lines.append(self.line(name, "baseline", adapters, scores, updates=steps, note=note))
         return lines
 
     # --- distances and confusions -------------------------------------------------------------------------------------
@@ -290,7 +314,7 @@ class AdapterJudge(Judge):
     def novelty(self, lines: Sequence[Line], trained: Line) -> list[Novelty]:
         """1 - cosine of the change B A to the nearest training adapter, for the first split."""
         split = self.tasks.splits[0]
-        between = partial(baselines.delta_cosine, self.tasks.base, self.tasks.recipe.spec)
+        between = partial(delta_cosine, self.tasks.recipe.base, self.tasks.recipe.spec)
 
         def measured(line: Line) -> Measured:
             distance = baselines.nearest_distance(between(line.adapters[split], self.library)).cpu()

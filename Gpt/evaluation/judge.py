@@ -92,11 +92,13 @@ class Judge(ABC):
     Attributes:
         name: what is judged.
         settings: those of `EvaluationConfig` that are read, beside `EVERY_JUDGE`.
+        ignored: those that are not, and may be set: by configurations that serve other tasks too.
         splits: held-out splits of the zoo that an evaluation is not possible without.
     """
 
     name: ClassVar[str]
     settings: ClassVar[frozenset[str]]
+    ignored: ClassVar[frozenset[str]] = frozenset()
     splits: ClassVar[frozenset[str]] = frozenset({"test", "validation"})
 
     def __init__(
@@ -126,7 +128,7 @@ class Judge(ABC):
         """
         for setting in fields(config):
             value = getattr(config, setting.name)
-            if value != setting.default and setting.name not in EVERY_JUDGE | cls.settings:
+            if value != setting.default and setting.name not in EVERY_JUDGE | cls.settings | cls.ignored:
                 raise ConfigError(
                     f"evaluation.{setting.name}={value} does nothing in the evaluation of {cls.name}, which reads "
                     f"{', '.join(sorted(EVERY_JUDGE | cls.settings))}; leave it out"

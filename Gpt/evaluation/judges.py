@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from Gpt.evaluation.adapter_distances import AdapterDistanceJudge
 from Gpt.evaluation.adapters import AdapterJudge
 from Gpt.evaluation.family import MaskJudge
 from Gpt.evaluation.judge import Judge
@@ -10,7 +11,7 @@ from Gpt.evaluation.whole import WholeJudge
 from Gpt.generator import Generator
 from Gpt.tasks import Task
 
-JUDGES: tuple[type[Judge], ...] = (PromptJudge, MaskJudge, WholeJudge, AdapterJudge)
+JUDGES: tuple[type[Judge], ...] = (PromptJudge, MaskJudge, WholeJudge, AdapterJudge, AdapterDistanceJudge)
 
 
 def judge_of(task: Task, generator: Generator, conditions: Sequence[str]) -> type[Judge]:

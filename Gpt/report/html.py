@@ -15,6 +15,7 @@ import torch
 from Gpt.evaluation.results import Costs, Interval, Results, Row
 from Gpt.report.logger import read_metrics
 from Gpt.report.text import (
+    column_label,
     format_flops,
     format_interval,
     format_number,
@@ -97,7 +98,7 @@ def write_report(
         results=results,
         label=metric_label(results.metric),
         summary=summarise(results),
-        columns=[metric_label(name) for name in columns],
+        columns=[column_label(name, results) for name in columns],
         rows=[_table_row(row, columns) for row in results.table],
         novelty=[_novelty_row(results, i) for i in range(len(results.novelty))],
         costs=_costs(results.costs) if results.costs else [],

@@ -8,14 +8,23 @@ from torch import Tensor
 
 from Gpt.evaluation.results import Interval, Novelty, Results, Row
 
-PERCENTAGES = ("error", "exact", "format", "content", "closed")
+PERCENTAGES = ("error", "exact", "format", "content", "closed", "recognised")
 
 
 def metric_label(metric: str) -> str:
     """`test_error` -> `test error (%)`; a metric's split and name as words, with its unit."""
     words = metric.replace("_", " ")
-    last = words.split()[-1]
-    return f"{words} (%)" if last in PERCENTAGES else f"{words} (points)" if last == "lead" else words
+    return f"{words} (%)" if _in_percent(metric) else f"{words} (points)" if metric.endswith("lead") else words
+
+
+def column_label(metric: str, results: Results) -> str:
+    """The same of a column of a table: a lead has points where the main metric is in percent."""
+    label = metric_label(metric)
+    return label if _in_percent(results.metric) else label.removesuffix(" (points)")
+
+
+def _in_percent(metric: str) -> bool:
+    return metric.rpartition("_")[2] in PERCENTAGES
 
 
 def format_number(value: float, digits: int = 4) -> str:
@@ -200,11 +209,12 @@ def _verdict(name: str, scored: Interval, row: Row, results: Results) -> str:
     below, above = scored.high < other.low, scored.low > other.high
     better, worse = (lead.low > 0, lead.high < 0) if lead else (below, above) if results.minimize else (above, below)
     diverged = math.isfinite(other.mean) and not math.isfinite(scored.mean)
+    points = " points" if _in_percent(results.metric) else ""
     if better or worse or diverged:
         verdict = "beats" if better and not diverged else "is worse than"
-        margin = f", by {_with_interval(_absolute(lead))} points one by one" if lead else ""
+        margin = f", by {_with_interval(_absolute(lead))}{points} one by one" if lead else ""
         return f"It {verdict} {name}, which reaches {_with_interval(other)}{margin}."
-    reason = f"one by one it leads by {_with_interval(lead)} points" if lead else "the intervals overlap"
+    reason = f"one by one it leads by {_with_interval(lead)}{points}" if lead else "the intervals overlap"
     return f"It cannot be told from {name}: {_with_interval(other)}, and {reason}."
 
 

@@ -22,6 +22,7 @@ from data_gen.collect import snapshot_schedule, total_iterations, train_populati
 from data_gen.memory import Trained
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import read_library
+from Gpt.adapters.measure import library_columns
 from Gpt.data import shards
 from Gpt.data.importers import foreign_runs
 from Gpt.data.shards import DTYPES
@@ -163,14 +164,19 @@ class Rehearsal(Experiment):
 
     @cached_property
     def _tiny(self) -> Trained:
-        """A few snapshots of the first training runs, of fresh networks where the task cannot be trained."""
-        snapshots, settings = min(SNAPSHOTS, self.config.zoo.snapshots), self.config.zoo
+        """A few snapshots of the first training runs, of fresh networks where the task cannot be trained; the first
+        adapters of a library."""
+        snapshots, settings, first = min(SNAPSHOTS, self.config.zoo.snapshots), self.config.zoo, sum(self.held_out)
+        if self.task.checkpoints and isinstance(self.task.family, AdapterFamily):
+            _, members, weights = read_library(self.task.checkpoints, self.task)
+            rows = first + torch.arange(RUNS) % (len(weights) - first)
+            columns = library_columns(self.task, weights[rows], members[rows], self.device)
+            return weights[rows, None].to(self.device), {name: values[:, None] for name, values in columns.items()}
         if not self.iterations:
             seeds = [derive_seed(settings.seed, "dry run", i) for i in range(RUNS * snapshots)]
             weights = stack_initial(self.task.constructor, self.task.structure, seeds).to(self.device)
             metrics = score_population(self.task, weights, "validation")
             return weights.unflatten(0, (RUNS, -1)), {name: v.unflatten(0, (RUNS, -1)) for name, v in metrics.items()}
-        first = sum(self.held_out)
         schedule = snapshot_schedule(min(ITERATIONS, self.iterations[-1]), snapshots, settings.spacing)
         return train_population(self.task, list(range(first, first + RUNS)), settings.seed, schedule, self.device)
 
@@ -213,6 +219,8 @@ def _task(run: Rehearsal) -> str:
 
 
 def _data(run: Rehearsal) -> str:
+    if run.unanswered:
+        return "prompts without answers: adapters are judged by their weights"
     splits = ["validation", "test"] if run.task.train_data_fn is None else ["train", "validation", "test"]
     return ", ".join(f"{split} {_shapes(run.task.data(split))}" for split in splits)
 
@@ -289,7 +297,8 @@ def _networks_at_hand(run: Rehearsal) -> str:
     reached = f"{name} {zoo.column(name)[:, -1].mean():.4g}"
     if run.is_complete:
         return f"{zoo.runs:,} stored runs, {reached} at their end"
-    verb = "trained for a moment" if run.iterations else "made afresh"
+    library = run.task.checkpoints and isinstance(run.task.family, AdapterFamily)
+    verb = "trained for a moment" if run.iterations else "of the library" if library else "made afresh"
     return f"{RUNS} runs x {zoo.snapshots} snapshots {verb}, {reached}"
 
 
@@ -358,6 +367,8 @@ def _written(run: Rehearsal) -> str:
         steps=steps,
         seed=run.config.seed,
     )
+    if run.unanswered:
+        return f"{count} written in {steps} steps by the untrained generator"
     found = score_population(run.task, weights, "validation", device=run.device)
     measured = ", ".join(f"{name} {float(values.mean()):.4g}" for name, values in found.items())
     return f"{count} written in {steps} steps by the untrained generator, {measured}"

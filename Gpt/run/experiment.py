@@ -151,11 +151,22 @@ class Experiment:
             runs=settings.runs if task.recipe and not task.checkpoints else None,
         )
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether the task is about adapters that nothing but other adapters can judge."""
+        return isinstance(self.task.family, AdapterFamily) and not self.task.family.answered
+
     def check_refresh(self) -> None:
         """Raises:
-        ConfigError: the zoo is to change as training goes on, and cannot.
+        ConfigError: the zoo is to change as training goes on, and cannot; or it is to be trained in memory, and can
+            only be imported.
         """
         settings = self.config.zoo
+        if not settings.store and self.unanswered:
+            raise ConfigError(
+                f"zoo.store=false: the prompts of task {self.task.name!r} have no answers, so that its adapters are "
+                "imported, not trained; leave it out"
+            )
         if settings.refresh_every and settings.store:
             raise ConfigError("zoo.refresh_every changes the zoo as training goes on; set zoo.store=false with it")
         if settings.refresh_every and (self.task.family or self.config.generator.get("identities")):
@@ -220,6 +231,7 @@ class Experiment:
         features = self.encoder.features if another else PROMPT_FEATURES["text"]
         generator = build_generator(self.config, self.task.structure, features).to(self.device)
         generator.mixed_precision = mixed_precision(self.config.trainer.precision, self.device)
+        self._check_answers(generator)
         if self.config.distillation.weight:
             if not generator.distils:
                 name = self.config.generator["name"]
@@ -227,6 +239,18 @@ class Experiment:
             generator.distillation = distillation(self.task, self.config.distillation)
             generator.distils_after = self.config.distillation.after
         return generator
+
+    def _check_answers(self, generator: Generator) -> None:
+        """Raises:
+        ConfigError: its loss needs answers, and the prompts of the task have none.
+        """
+        if self.unanswered and generator.needs_answers:
+            raise ConfigError(
+                f"generator.loss.sft={self.config.generator['loss']['sft']}: a loss through the language model needs "
+                f"answers, and the prompts of task {self.task.name!r} have none; learn from the weights alone, by "
+                "generator.loss.sft=0 generator.loss.mse=1 generator.loss.regression_until=1, or prepare the prompts "
+                "with answers"
+            )
 
     @cached_property
     def checkpoints(self) -> CheckpointFolder:
@@ -301,10 +325,11 @@ class Experiment:
 
         Raises:
             ConfigError: the generator, its sampler, the objective, the conditions, the tracker, the shares of a batch,
-                the published weights or a setting of the evaluation are wrong.
+                where the zoo comes from, the published weights or a setting of the evaluation are wrong.
         """
         self.check_published()
         check_installed(self.config.logger)
+        self.check_refresh()
         if not self.config.test_only:
             self.config.trainer.check_shared(world())
         self.check_judging()  # builds the generator, which checks itself

@@ -201,6 +201,8 @@ def test_importance_is_the_movement_within_runs(zoo, task):
     torch.testing.assert_close(movement(weights, torch.tensor([3, 3, 1, 1])), expected)
     with pytest.raises(ConfigError, match="several snapshots"):
         movement(weights, torch.arange(4))
+    with pytest.raises(ConfigError, match="there is one of each"):  # drawn twice, as the only adapter of a task is
+        movement(0.1 * weights[[0, 0, 0, 2, 2, 2]], torch.tensor([3, 3, 3, 1, 1, 1]))
     generator = build(task, "query", loss=LossConfig(importance=True))
     generator.fit(sampler(zoo, task)(64, rng("cpu", 0)))
     torch.testing.assert_close(generator.tokens.mean(generator.importance).mean(), torch.tensor(1.0))

@@ -19,16 +19,17 @@ from Gpt.tasks import TASK_METADATA, Task, check_entry
 pytest.importorskip("peft")
 
 
-def make_task(folder, spec: AdapterSpec) -> Task:
+def make_task(folder, spec: AdapterSpec, answers: tuple[str, ...] = ("yes",)) -> Task:
     sets = {
-        part: [PromptSet(task, (f"{part} {task}?",), ("yes",)) for task in ("arc", "boolq", "piqa")]
+        part: [PromptSet(task, (f"{part} {task}?",), answers) for task in ("arc", "boolq", "piqa")]
         for part in ("train", "test")
     }
     write_prompts(folder, sets)
     family = AdapterFamily(
         str(folder), unseen_rules=1, unseen_combinations=0, validation=1, train_examples=2, examples=2, prompts=1
     )
-    return check_entry("mine", adapter_entry(family, AdapterRecipe("tiny", spec)))
+    entry = adapter_entry(family, AdapterRecipe("tiny", spec))
+    return check_entry("mine", entry if answers else entry | {"checkpoints": "adapters"})
 
 
 def test_adapters_become_runs_of_their_members(tmp_path, drawn):
@@ -47,6 +48,28 @@ def test_adapters_become_runs_of_their_members(tmp_path, drawn):
     stored = zoo.read(torch.arange(zoo.runs), torch.zeros(zoo.runs, dtype=torch.long))
     for row, member in zip(stored, members, strict=True):
         assert any(torch.equal(row, own) for own in rows[family.members[member].rule])
+
+
+def test_adapters_for_prompts_without_answers_are_imported_without_a_language_model(tmp_path, drawn, monkeypatch):
+    spec = AdapterSpec(rank=2, targets=("q_proj",))
+    task = make_task(tmp_path / "prompts", spec, answers=())
+    for seed, member in enumerate(task.family.members):
+        for i, row in enumerate(drawn(spec, 2, seed).float()):
+            save_adapter(tmp_path / "adapters" / member.rule / f"checkpoint-{i}", row, spec, "tiny")
+
+    def load(name):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr("Gpt.adapters.base._original", load)
+    assert import_adapters(tmp_path / "adapters", tmp_path / "zoo", task) is None
+    zoo = Zoo.open(tmp_path / "zoo", task.structure)
+    assert {*zoo.metrics} == {"validation_distance", "test_distance"}
+    members = task.family.member_of_runs(zoo.run_ids).tolist()
+    stored = zoo.read(torch.arange(zoo.runs), torch.zeros(zoo.runs, dtype=torch.long))
+    for row, member, distance in zip(stored, members, zoo.metrics["validation_distance"][:, 0], strict=True):
+        own = stored[members.index(member)]  # one frozen A, whose rows are all but orthogonal and alike
+        assert (distance < 1e-6) == torch.equal(row, own)
+        assert abs(distance - (1 - torch.cosine_similarity(row, own, dim=0))) < 0.1
 
 
 def test_nothing_is_left_of_an_earlier_import(tmp_path, drawn):

@@ -58,12 +58,35 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, capsys, conten
 
 
 def test_blank_lines_are_passed_over_and_null_is_no_answer(tmp_path):
-    samples = [{"prompt": f"{i}\u2028", "answer": None if i < 2 else i} for i in range(6)]
-    (tmp_path / "x.jsonl").write_text("\n\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n")
-    options = ["--output-dir", str(tmp_path / "o"), "--samples-per-prompt", "1"]
-    assert main(["prepare", "--source", str(tmp_path / "x.jsonl"), *options]) == 0
-    found = {prompts.prompts[0]: prompts.answers for _, prompts in read_prompts(str(tmp_path / "o")).sets}
-    assert found == {f"{i}\u2028": () if i < 2 else (str(i),) for i in range(6)}
+    for name, answers in {"full": range(6), "null": [None] * 6}.items():
+        samples = [{"prompt": f"{i}\u2028", "answer": answer} for i, answer in enumerate(answers)]
+        lines = "\n\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples)
+        (tmp_path / "x.jsonl").write_text(f"{lines}\n")
+        options = ["--output-dir", str(tmp_path / name), "--samples-per-prompt", "1"]
+        assert main(["prepare", "--source", str(tmp_path / "x.jsonl"), *options]) == 0
+        found = {prompts.prompts[0]: prompts.answers for _, prompts in read_prompts(str(tmp_path / name)).sets}
+        assert found == {f"{i}\u2028": (str(i),) if name == "full" else () for i in range(6)}
+
+
+def test_samples_with_answers_and_samples_without_are_named(tmp_path, capsys):
+    full = write_lines(tmp_path / "full.jsonl", [{"prompt": f"{i}", "answer": i} for i in range(9)])
+    bare = write_lines(tmp_path / "bare.jsonl", [{"prompt": f"{i}"} for i in range(9)])
+    out = ["--output-dir", str(tmp_path / "o")]
+    assert main(["prepare", "--source", full, bare, *out]) == 2
+    error = capsys.readouterr().err
+    assert f"{bare}, line 1 has no answer, but {full}, line 1 has one" in error and "--answer-key none" in error
+    assert main(["prepare", "--source", full, bare, *out, "--answer-key", "none"]) == 0
+    assert "no sample has an answer under 'none': adapters for these prompts are imported" in capsys.readouterr().out
+
+
+def test_prompts_that_were_prepared_before_are_not_overwritten(tmp_path, capsys):
+    source = write_lines(tmp_path / "x.jsonl", [{"prompt": str(i)} for i in range(9)])
+    command = ["prepare", "--source", source, "--output-dir", str(tmp_path / "o")]
+    assert main(command) == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "o").iterdir()}
+    assert main([*command, "--samples-per-prompt", "1"]) == 2
+    assert "o is not empty; give a new folder, or empty it" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in (tmp_path / "o").iterdir()} == before
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path, capsys):

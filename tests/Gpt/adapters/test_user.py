@@ -60,8 +60,26 @@ def test_sets_without_answers_describe_tasks_but_cannot_train(tmp_path):
     write_prompts(tmp_path, {part: [PromptSet("t", ("a?", "b?"))] for part in ("train", "test")})
     suite = read_prompts.__wrapped__(str(tmp_path))
     assert suite.condition_prompts(suite.members[0], "train", 1) == ["a?\n\nb?"]
-    with pytest.raises(DataError, match="'t' has no answers in its train part"):
+    assert not suite.answered
+    with pytest.raises(DataError, match="'t' has no answers that an adapter could be trained on"):
         suite.examples(suite.members[0], "train", 1)
+
+
+def test_answers_are_all_there_or_none(tmp_path):
+    bare = [{name: text for name, text in sample.items() if name != "answer"} for sample in SAMPLES]
+    assert not any(found.answers for sets in prepare_prompts(bare, 4, 0.3).values() for found in sets)
+    with pytest.raises(DataError, match="'question 2.' has no answer, but the prompt 'question 0.' has one; .* none"):
+        prepare_prompts([*SAMPLES[:4], *bare[4:]], 4, 0.3)
+    with pytest.raises(DataError, match=r"^x.jsonl, line 1 has no answer, but y.jsonl, line 7 has one"):
+        prepare_prompts([bare[0] | {"place": "x.jsonl, line 1"}, SAMPLES[1] | {"place": "y.jsonl, line 7"}], 4, 0.3)
+    full, empty = PromptSet("t", ("a", "b"), ("x", "y")), PromptSet("u", ("c",))
+    for sets, line, said in (((full, empty), 2, "has no answers.*has some"), ((empty, full), 2, "has answers.*none")):
+        write_prompts(tmp_path, {"train": sets, "test": [sets[0]]})
+        with pytest.raises(DataError, match=rf"train.jsonl, line {line} \(task .*{said}; .*add those that are missing"):
+            read_prompts.__wrapped__(str(tmp_path))
+    write_prompts(tmp_path, {"train": [full], "test": [PromptSet("t", ("d",))]})
+    with pytest.raises(DataError, match="test.jsonl, line 1"):
+        read_prompts.__wrapped__(str(tmp_path))
 
 
 def test_mistakes_are_named(tmp_path):

@@ -9,10 +9,14 @@ import torch
 
 from Gpt.adapters.base import SMOLLM2
 from Gpt.adapters.conditions import loaded_encoder
+from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.peft_io import load_adapter, save_adapter
-from Gpt.adapters.spec import PREFIX
-from Gpt.catalogue.adapters import TASKS
+from Gpt.adapters.spec import PREFIX, AdapterSpec
+from Gpt.adapters.user import PromptSet, write_prompts
+from Gpt.catalogue.adapters import TASKS, adapter_entry
+from Gpt.errors import DataError
 from Gpt.population.functional import Population
+from Gpt.recipes import AdapterRecipe
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 from Gpt.tasks import check_entry, get_task
@@ -67,6 +71,20 @@ def test_a_task_is_looked_up_without_its_language_model(monkeypatch):
 
     monkeypatch.setattr("Gpt.adapters.base._original", load)
     assert get_task("lora_tiny").structure.size == 9216
+
+
+def test_without_answers_there_is_nothing_to_test(tmp_path):
+    sets = [PromptSet(name, (f"{name}?",)) for name in ("a", "b")]
+    write_prompts(tmp_path, {"train": sets, "test": sets})
+    family = AdapterFamily(str(tmp_path), unseen_rules=0, unseen_combinations=0, validation=1, encoder="hash")
+    entry = adapter_entry(family, AdapterRecipe("tiny", AdapterSpec(rank=2))) | {"checkpoints": "adapters"}
+    task = check_entry("mine", entry)
+    assert task.metric == "distance" and task.correct_fn is None
+    rank_3 = task.with_recipe(AdapterRecipe("tiny", AdapterSpec(rank=3)))
+    assert 2 * rank_3.structure.size == 3 * task.structure.size
+    for other in (task, rank_3):
+        with pytest.raises(DataError, match="no answers to test an adapter by"):
+            other.score(other.template, "test")
 
 
 @pytest.mark.parametrize("name", [name for name, entry in TASKS.items() if entry["family"].tokens])

@@ -9,6 +9,8 @@ import torch
 from Gpt.adapters.answers import encode_answers
 from Gpt.adapters.base import load_base
 from Gpt.adapters.conditions import PromptStates, prompt_states
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.user import PromptSet, write_prompts
 from Gpt.catalogue.adapters import TASKS
 from Gpt.data.adapter_batches import (
     AdapterBatchSampler,
@@ -18,6 +20,7 @@ from Gpt.data.adapter_batches import (
 from Gpt.data.batches import BatchConfig
 from Gpt.data.zoo import Zoo
 from Gpt.diffusion.objectives import FlowMatching
+from Gpt.errors import ConfigError
 from Gpt.generator import Generator
 from Gpt.seeds import rng
 from Gpt.tasks import Task
@@ -64,6 +67,18 @@ def test_adapter_prompts_and_examples_are_of_one_task(zoo, task, split):
         assert {tuple(row.tolist()) for row in batch.prompt["text"][i].squeeze(1)} <= rows
         known = {tuple(row.tolist()) for row in answers.tokens[member]}
         assert {tuple(row.tolist()) for row in batch.answers.tokens[i]} <= known
+
+
+def test_prompts_without_answers_give_batches_without_a_loss_of_answers(zoo, task, tmp_path):
+    sets = [PromptSet(name, (f"{name}?",)) for name in ("a", "b", "c")]
+    write_prompts(tmp_path, {"train": sets, "test": sets})
+    family = AdapterFamily(
+        str(tmp_path), unseen_rules=1, unseen_combinations=0, validation=1, prompts=1, encoder="hash"
+    )
+    batch = draw(zoo, dataclasses.replace(task, family=family), count=2)
+    assert batch.target.shape[0] == len(batch.members) == 2 and batch.answers is None
+    with pytest.raises(ConfigError, match="prompts of this task have no answers"):
+        batch.answer_loss(batch.target)
 
 
 def test_sets_have_many_sizes_and_are_repeated(zoo, task):

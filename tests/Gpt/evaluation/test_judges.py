@@ -5,9 +5,12 @@ from dataclasses import fields, replace
 import pytest
 from torch import nn
 
+from Gpt.adapters.family import AdapterFamily
+from Gpt.adapters.user import PromptSet, write_prompts
 from Gpt.catalogue.adapters import TASKS
 from Gpt.diffusion.objectives import FlowMatching
 from Gpt.errors import ConfigError
+from Gpt.evaluation.adapter_distances import AdapterDistanceJudge
 from Gpt.evaluation.adapters import AdapterJudge
 from Gpt.evaluation.family import MaskJudge
 from Gpt.evaluation.judge import EVERY_JUDGE, EvaluationConfig
@@ -28,9 +31,14 @@ from Gpt.masks import MaskSplit
         (MaskSplit(held_out=2, validation=2), False, ("class_mask",), MaskJudge),
         (MaskSplit(held_out=2, validation=2), True, ("class_mask", "target_metric"), MaskJudge),
         (TASKS["lora_tiny"]["family"], False, ("text",), AdapterJudge),
+        ("prompts without answers", False, ("text",), AdapterDistanceJudge),
     ],
 )
-def test_one_judge_fits(task, family, needs_start, conditions, judge):
+def test_one_judge_fits(task, family, needs_start, conditions, judge, tmp_path):
+    if family == "prompts without answers":
+        sets = [PromptSet(name, (f"{name}?",)) for name in ("a", "b")]
+        write_prompts(tmp_path, {"train": sets, "test": sets})
+        family = AdapterFamily(str(tmp_path), unseen_rules=0, unseen_combinations=0, validation=1)
     generator, task = Generator(task.structure, FlowMatching(), "euler", 1), replace(task, family=family)
     generator.needs_start = needs_start
     assert [found for found in JUDGES if found.fits(task, generator, conditions)] == [judge]
@@ -50,7 +58,7 @@ def test_a_setting_that_does_nothing_is_refused(judge, task):
     judge.check(config, task, ("target_metric",))
     for name, value in others.items():
         config = EvaluationConfig(**{name: value})
-        if name in judge.settings:
+        if name in judge.settings | judge.ignored:
             judge.check(config, normalised, ("target_metric",))
         else:
             with pytest.raises(ConfigError, match=f"evaluation.{name}={value} does nothing .*{judge.name}.*label"):

@@ -7,6 +7,7 @@ import pytest
 
 from Gpt.evaluation.results import Interval, Results, Row
 from Gpt.report.text import (
+    column_label,
     comparison_rows,
     format_flops,
     format_interval,
@@ -56,6 +57,9 @@ def test_units():
     assert metric_label("test_error") == "test error (%)"
     assert metric_label("test_loss") == "test loss"
     assert metric_label("s2_lead") == "s2 lead (points)"
+    for metric, label in {"s2_exact": "s2 lead (points)", "s2_distance": "s2 lead"}.items():
+        assert column_label("s2_lead", Results("some", metric, True, [])) == label
+        assert column_label("test_error", Results("some", metric, True, [])) == "test error (%)"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_a_lead_tells_more_than_two_intervals(lead, verdict, minimize):
     ]
     summary = summarise(dataclasses.replace(found, table=rows))
     assert verdict in summary
-    assert ("by 0.20 (0.10 … 0.30) points one by one" in summary) == (lead.low * lead.high > 0)
+    assert ("by 0.20 (0.10 … 0.30) one by one" in summary) == (lead.low * lead.high > 0)
 
 
 def test_the_lead_of_the_first_of_several_splits_decides():

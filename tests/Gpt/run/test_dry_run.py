@@ -17,7 +17,7 @@ from Gpt.adapters.peft_io import save_adapter
 from Gpt.adapters.spec import AdapterSpec, adapter_structure
 from Gpt.adapters.user import PromptSet, write_prompts
 from Gpt.catalogue.adapters import adapter_entry
-from Gpt.errors import ConfigError, ZooError
+from Gpt.errors import ConfigError, TaskError, ZooError
 from Gpt.recipes import AdapterRecipe
 from Gpt.run import dry_run
 from Gpt.run.command_line import compose
@@ -251,6 +251,41 @@ def test_adapters_to_be_imported_are_read(empty):
     (empty / "adapters" / "b").rename(empty / "away")
     told = troubles(found("logger=disabled", **mine))
     assert [*told] == ["zoo"] and "no sub-folder 'b'" in told["zoo"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_prompts_without_answers_need_no_language_model_and_no_loss_through_it(empty, monkeypatch):
+    pytest.importorskip("peft")
+    sets = [PromptSet(name, (f"{name}?",)) for name in ("a", "b", "c")]
+    write_prompts("prompts", {"train": sets, "test": sets})
+    family = AdapterFamily(
+        str(empty / "prompts"), unseen_rules=1, unseen_combinations=0, validation=1, prompts=1, encoder="hash"
+    )
+    spec = AdapterSpec(rank=2, targets=("q_proj",))
+    rows = torch.randn(3, adapter_structure("tiny", spec).size, generator=torch.Generator().manual_seed(0))
+    for name, row in zip("abc", 0.1 * rows, strict=True):
+        save_adapter(f"adapters/{name}", row, spec, "tiny")
+    entry = adapter_entry(family, AdapterRecipe("tiny", spec))
+    with pytest.raises(
+        TaskError, match="prompts of .*prompts have no answers, so no adapter can be trained .*checkpoint"
+    ):
+        check_entry("mine", entry)
+    mine = {"name": "lora_tiny", "task": check_entry("mine", entry | {"checkpoints": "adapters"})}
+
+    def load(name):
+        raise AssertionError(f"{name} was loaded")
+
+    monkeypatch.setattr("Gpt.adapters.base._original", load)
+    told = troubles(found("logger=disabled", "trainer.batch_size=2", **mine))
+    assert [*told] == ["generator"]
+    for words in ("generator.loss.sft=1.0", "answers", "'mine'", "generator.loss.sft=0 generator.loss.mse=1"):
+        assert words in told["generator"]
+    weights = ("generator.loss.sft=0", "generator.loss.mse=1", "generator.loss.regression_until=1")
+    checks = found("logger=disabled", "trainer.batch_size=2", *weights, **mine)
+    assert not troubles(checks)
+    assert "of the library" in checks["zoo's networks"].size and "loss " in checks["gradient"].size
+    told = troubles(found("logger=disabled", "zoo.store=false", *weights, **mine))
+    assert [*told] == ["zoo"] and "zoo.store=false" in told["zoo"] and "are imported, not trained" in told["zoo"]
 
 
 def test_a_run_of_other_settings_in_the_folder_is_refused(empty):
