@@ -12,11 +12,12 @@ import sys
 import time
 from typing import Any
 
-from Gpt.checkpoint import TrainingState, write_json
+from Gpt.checkpoint import TrainingState
 from Gpt.distributed import on_first_process, primary, processes, world
 from Gpt.evaluation.beside import Others, read_runs, side_by_side
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.results import Results
+from Gpt.files import write_json
 from Gpt.interruption import held_back
 from Gpt.report.figures import save_figures
 from Gpt.report.html import write_report

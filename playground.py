@@ -40,10 +40,10 @@ from torch import Tensor
 from yaml import YAMLError
 
 from Gpt.adapters.family import AdapterFamily
-from Gpt.checkpoint import save_tensors, write_json
 from Gpt.config import RunConfig, checked
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.prompting import Starts
+from Gpt.files import save_tensors, write_json
 from Gpt.generator import Generator
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif

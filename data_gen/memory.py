@@ -5,7 +5,6 @@ to the same numbers, because a run is a function of (seed, run id). A `Stream` r
 ones as training goes on: a generator then never sees a network often enough to memorise it.
 """
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
-from Gpt.checkpoint import save_tensors
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
 from Gpt.distributed import primary
 from Gpt.errors import ConfigError
+from Gpt.files import save_tensors
 from Gpt.tasks import Task
 
 Trained = tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]
@@ -159,8 +158,7 @@ class Stream:
         if primary():
             file = self._file(generation)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"weights": weights[:, -1].cpu().contiguous()}, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
+            save_tensors({"weights": weights[:, -1].cpu().contiguous()}, file)
         return [run_ids[i] for i in good], weights, metrics
 
     def _final_networks(self, generation: int) -> Float[Tensor, "n D"]:

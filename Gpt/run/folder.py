@@ -10,10 +10,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from Gpt.checkpoint import read_json, write_json
+from Gpt.checkpoint import read_json
 from Gpt.config import ConditionConfig, RunConfig, checked
 from Gpt.distributed import on_first_process
 from Gpt.errors import CheckpointError, ConfigError
+from Gpt.files import write_json, write_text
 
 
 def choose_folder(config: RunConfig, folder: Path) -> Path:
@@ -55,7 +56,7 @@ def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
 def create_folder(config: RunConfig, folder: Path) -> None:
     """The run folder with the configuration in it, and nothing else to be gone on with."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     write_json(folder / "summary.json", {})
     write_json(folder / "config.json", _settings(config))
 
