@@ -99,7 +99,7 @@ def keep_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
 def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]:
     """Train, or go on from the latest checkpoint. Returns what it took, see `paid`."""
     experiment.fit()
-    with held_back() as signalled:
+    with held_back(tells=primary()) as signalled:
         state = train(
             experiment.generator,
             experiment.sampler("train"),

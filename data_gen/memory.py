@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
-from Gpt.distributed import primary
+from Gpt.distributed import Rows, from_all, in_parts, primary, share, total
 from Gpt.errors import ConfigError
 from Gpt.files import save_tensors
 from Gpt.tasks import Task
@@ -43,6 +43,8 @@ def collect_in_memory(
 ) -> Zoo:
     """Train runs 0 … runs - 1, `population` at a time, and keep them on `device`; arguments as of `collect`.
 
+    Several processes share the populations out, and all keep the whole zoo.
+
     Raises:
         TaskError: the task has no recipe.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
@@ -54,20 +56,30 @@ def collect_in_memory(
     weights = torch.empty(runs, len(iterations), task.structure.size, dtype=DTYPES[dtype], device=device)
     metrics: dict[str, Tensor] = {}
     run_ids: list[int] = []
-    dropped: dict[int, str] = {}
-    begun = time.perf_counter()
-    with tqdm(total=runs * len(iterations), unit=" snapshots", unit_scale=True, disable=not progress) as bar:
-        for first in range(0, runs, population):
-            members = list(range(first, min(first + population, runs)))
-            trained, columns = train_population(task, members, seed, iterations, device, progress=bar.update)
-            dropped |= (bad := bad_runs(members, trained, max_weight))
-            kept = [i for i, run in enumerate(members) if run not in bad]
-            rows = slice(len(run_ids), len(run_ids) + len(kept))
-            weights[rows] = trained[kept].to(weights.dtype)
-            for name, values in columns.items():
-                metrics.setdefault(name, torch.empty(runs, len(iterations), device=device))[rows] = values[kept]
-            run_ids += [members[i] for i in kept]
-            del trained
+    dropped: dict[int, str] = {}  # by this process, as are the seconds
+    seconds = 0.0
+
+    def sound(chunk: slice) -> Rows:
+        nonlocal seconds
+        begun = time.perf_counter()
+        members = list(range(chunk.start, chunk.stop))
+        trained, columns = train_population(task, members, seed, iterations, device, progress=bar.update)
+        dropped.update(bad := bad_runs(members, trained, max_weight))
+        kept = [i for i, run in enumerate(members) if run not in bad]
+        numbers = torch.tensor([members[i] for i in kept], dtype=torch.long)
+        found = {"weights": trained[kept].to(weights.dtype), "run": numbers}
+        seconds += time.perf_counter() - begun
+        return found | {name: values[kept] for name, values in columns.items()}
+
+    own = sum(min(population, runs - first) for first in share(range(0, runs, population)))
+    with tqdm(total=own * len(iterations), unit=" snapshots", unit_scale=True, disable=not progress) as bar:
+        for part in in_parts(sound, runs, population):
+            numbers = part.pop("run").tolist()
+            rows = slice(len(run_ids), len(run_ids) + len(numbers))
+            weights[rows] = part.pop("weights")
+            for name, values in part.items():
+                metrics.setdefault(name, torch.empty(runs, len(iterations), device=device))[rows] = values
+            run_ids += numbers
     count = len(run_ids)
     return Zoo.from_tensors(
         weights[:count],
@@ -77,8 +89,8 @@ def collect_in_memory(
         task.structure,
         test_runs=test_runs,
         validation_runs=validation_runs,
-        dropped=dropped,
-        seconds=time.perf_counter() - begun,
+        dropped=dict(sorted(entry for found in from_all(dropped) for entry in found.items())),
+        seconds=total(torch.tensor(seconds, dtype=torch.float64)).item(),
     )
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import files
+from Gpt import distributed, files
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.generator import Batch, Generator
 from Gpt.interruption import Interrupted, handled, held_back
@@ -98,7 +98,7 @@ def run(
     logger = Loggers([JsonlLogger(folder, checkpoints.latest_step())] if rank == 0 else [])
     device = torch.device("cpu")
     try:
-        with held_back() as signalled:
+        with held_back(tells=distributed.primary()) as signalled:
             state = train(
                 generator, draw, draw, score, config, checkpoints, logger, device, 0, before_step, signalled
             )  # fmt: skip
