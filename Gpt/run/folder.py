@@ -74,6 +74,19 @@ def stored_config(folder: Path) -> RunConfig | None:
     return checked(RunConfig, values)
 
 
+def check_unchanged(stored: RunConfig, config: RunConfig, folder: Path) -> None:
+    """Raises:
+    ConfigError: a setting that the weights depend on is another than the stored one; names it. Files of tasks may lie
+        elsewhere by now.
+    """
+    stored = dataclasses.replace(stored, task_modules=config.task_modules)
+    if different := list(_differences(_settings(stored), _settings(config))):
+        raise ConfigError(
+            f"the run in {folder} was trained with other settings ({'; '.join(different[:5])}). Leave them out, or "
+            "name another run: run.name=NAME"
+        )
+
+
 @contextlib.contextmanager
 def occupied(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a run folder; they are let in when this one ends, however it does.
