@@ -81,6 +81,8 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
             keep_summary(experiment, summary)
         elif "step" not in summary:  # the run was killed
             summary |= paid(experiment.checkpoints.latest_state())
+            if primary() and not config.resume_path:
+                print(f"not trained to the end: step {summary['step']} of {config.trainer.steps}", flush=True)
         if experiment.stream:
             experiment.stream.finish(summary["step"])
         results = side_by_side(judge(experiment, summary), others)

@@ -175,9 +175,10 @@ class CheckpointFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            kept = "The previous one is intact" if self.exists() else "There is none before it"
             raise CheckpointError(
-                f"could not write the checkpoint {self.folder / name}: {error}. The previous one is intact; "
-                "make room and start again with the same command"
+                f"could not write the checkpoint {self.folder / name}: {error}. {kept}; make room and start again with "
+                "the same command"
             ) from error
 
 

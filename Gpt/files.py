@@ -29,14 +29,14 @@ def replacing(file: Path) -> Iterator[Path]:
         OSError: it cannot be written; names the file, which is as it was.
     """
     temporary = temporary_name(file)
-    try:
-        with naming(file):
+    with naming(file):
+        try:
             yield temporary
             flush(temporary)
             os.replace(temporary, file)
             flush(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_name(file: Path) -> Path:

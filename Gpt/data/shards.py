@@ -107,20 +107,30 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
     """Begin a zoo, or join one that has the same manifest; of several workers that begin at once, one writes it.
 
     Raises:
-        ZooError: the folder holds a zoo with another manifest; names the first key that differs.
+        ZooError: the folder holds a zoo with another manifest, names the first key that differs; or it is a file.
+        OSError: it cannot be written; a zoo that is there need not be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder / MANIFEST)
-    try:
-        with naming(folder / MANIFEST):
+    if folder.exists() and not folder.is_dir():
+        raise ZooError(f"{folder} is a file, where a zoo's folder is expected; mend zoo.path")
+    file = folder / MANIFEST
+    if not file.is_file() and _begin(file, manifest):
+        return
+    check_same(folder, read_manifest(folder), manifest)
+
+
+def _begin(file: Path, manifest: Manifest) -> bool:
+    """Write a manifest; False where another worker was before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(file)
+    with naming(file):
+        try:
             _write(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
             flush(temporary)
-            first = _is_first(temporary, folder / MANIFEST)
-            flush(folder)
-        if not first:
-            check_same(folder, read_manifest(folder), manifest)
-    finally:
-        temporary.unlink(missing_ok=True)
+            first = _is_first(temporary, file)
+            flush(file.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return first
 
 
 def _is_first(temporary: Path, file: Path) -> bool:

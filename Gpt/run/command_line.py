@@ -90,7 +90,8 @@ def guard(job: Callable[[], Any], interrupted: str = CONTINUES) -> Any:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             print(
-                f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path",
+                f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path, "
+                "or out in the playground",
                 file=sys.stderr,
             )
             sys.exit(2)

@@ -9,6 +9,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from Gpt.checkpoint import read_json
 from Gpt.config import ConditionConfig, RunConfig, checked
@@ -66,11 +68,18 @@ def stored_config(folder: Path) -> RunConfig | None:
 
     Raises:
         ConfigError: it is of a version with other keys.
+        CheckpointError: it is damaged.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         return None
-    values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is damaged ({reason}); start over with resume=never") from error
+    if not (isinstance(values, dict) and set(values) >= {"task", "generator"}):
+        raise CheckpointError(f"{file} is damaged (it is cut short); start over with resume=never")
     return checked(RunConfig, values)
 
 

@@ -129,6 +129,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file,
     assert checkpoints.latest_step() == 200
 
 
+def test_a_full_disk_before_the_first_checkpoint_is_not_told_of_another(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space.*There is none before it; make room"):
+        save(tmp_path, 100, seed=1)
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_is_the_one_to_use(tmp_path, disk):
     """What a power failure leaves: everything below a name that was flushed, and names that were."""
     save(tmp_path, 100, seed=1, best=100)

@@ -62,6 +62,17 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch, place):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_disk_that_cannot_be_written_is_told_with_the_file_and_not_with_its_temporary_name(tmp_path, monkeypatch):
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for place in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, place, refused)
+    with pytest.raises(OSError) as caught:
+        write_text(tmp_path / "a.txt", "new")
+    assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(tmp_path / "a.txt"))
+
+
 def test_an_error_of_who_writes_leaves_the_file_as_it_was(tmp_path):
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a.txt") as temporary:

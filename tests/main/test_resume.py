@@ -123,12 +123,13 @@ def test_a_killed_run_continues_with_the_same_command(here, killed, run):
     assert_same_run(folder, finished)
 
 
-def test_a_killed_run_is_judged_as_having_taken_what_it_took(killed, monkeypatch, run):
+def test_a_killed_run_is_judged_as_having_taken_what_it_took(killed, monkeypatch, run, capsys):
     spent = []
     monkeypatch.setattr(main, "judge", lambda experiment, summary: spent.append(summary))
     run("run.name=killed", "test_only=true")
     stored = json.loads((killed / "checkpoints" / "step-00000002" / "facts.json").read_text())["state"]
     assert (spent[0]["step"], spent[0]["training_seconds"]) == (2, stored["seconds"])
+    assert "not trained to the end: step 2 of 6\n" in capsys.readouterr().out
     assert stored["seconds"] > 0 and spent[0]["zoo_seconds"] > 0
 
 
