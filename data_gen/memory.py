@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
-from Gpt.distributed import Rows, from_all, in_parts, primary, share, total
+from Gpt.distributed import Rows, from_all, in_parts, primary, share, total, world
 from Gpt.errors import ConfigError
 from Gpt.files import save_tensors
 from Gpt.tasks import Task
@@ -101,6 +101,8 @@ class Stream:
     zoo held when it was interrupted. Final networks of all populations are kept on disk, 4 D bytes a run, so that an
     evaluation can tell copies of any run that training drew from.
 
+    Of several processes each trains one of the next populations, and all keep these in memory until their turn.
+
     Args:
         zoo: kept in memory; its test and validation runs stay.
         train: `run ids -> (weights, metrics)` of these runs.
@@ -125,6 +127,7 @@ class Stream:
         self.slots = len(self.rows) // population
         self.first_run = int(zoo.run_ids.max()) + 1
         self.generation = 0
+        self._ahead: dict[int, Rows] = {}
         if self.slots < 1:
             raise ConfigError(
                 f"zoo.refresh_every: the training split has {len(self.rows)} runs, fewer than "
@@ -148,34 +151,45 @@ class Stream:
         self.zoo.former = torch.cat([replaced, *(self._final_networks(generation) for generation in left)])
 
     def _replace(self, generation: int) -> None:
-        run_ids, weights, metrics = self._trained(generation)
-        if not run_ids:
+        if generation not in self._ahead:
+            parts = in_parts(lambda turn: self._sound(generation + turn.start), world(), 1)
+            self._ahead = dict(enumerate(parts, generation))
+        metrics = self._ahead.pop(generation)
+        run_ids, weights = metrics.pop("run"), metrics.pop("weights")
+        self._keep(generation, weights)
+        if not len(run_ids):
             return
         # A run that had to be dropped is replaced by a sound one of its population.
         source = torch.arange(self.population) % len(run_ids)
         slot = (generation - 1) % self.slots
         rows = self.rows[slot * self.population : (slot + 1) * self.population]
-        names = torch.tensor(run_ids)[source]
+        names = run_ids[source]
         source = source.to(weights.device)
         self.zoo.replace(rows, names, weights[source], {name: values[source] for name, values in metrics.items()})
 
-    def _trained(self, generation: int) -> tuple[list[int], Float[Tensor, "n S D"], dict[str, Float[Tensor, "n S"]]]:
-        """The sound runs of a population; the first process keeps their final networks."""
+    def _sound(self, generation: int) -> Rows:
+        """The runs of a population that need not be dropped: their numbers, weights and metrics."""
         first = self.first_run + (generation - 1) * self.population
         run_ids = list(range(first, first + self.population))
         weights, metrics = self.train(run_ids)
         bad = bad_runs(run_ids, weights, self.max_weight)
         good = [i for i, run in enumerate(run_ids) if run not in bad]
-        weights, metrics = weights[good], {name: values[good] for name, values in metrics.items()}
+        numbers = torch.tensor([run_ids[i] for i in good], dtype=torch.long)
+        return {"run": numbers, "weights": weights[good]} | {name: values[good] for name, values in metrics.items()}
+
+    def _keep(self, generation: int, weights: Float[Tensor, "n S D"]) -> Float[Tensor, "n D"]:
+        """The final networks of a population, which the first process stores."""
+        final, file = weights[:, -1].cpu().contiguous(), self._file(generation)
         if primary():
-            file = self._file(generation)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"weights": weights[:, -1].cpu().contiguous()}, file)
-        return [run_ids[i] for i in good], weights, metrics
+            save_tensors({"weights": final}, file)
+        return final
 
     def _final_networks(self, generation: int) -> Float[Tensor, "n D"]:
         file = self._file(generation)
-        return load_file(file)["weights"] if file.is_file() else self._trained(generation)[1][:, -1].cpu()
+        if file.is_file():
+            return load_file(file)["weights"]
+        return self._keep(generation, self._sound(generation)["weights"])
 
     def _file(self, generation: int) -> Path:
         return self.folder / f"{generation:06d}.safetensors"

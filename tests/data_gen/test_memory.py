@@ -78,7 +78,7 @@ def test_exploded_runs_are_dropped_and_counted(task, fresh):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_processes_train_a_part_each_and_have_the_whole(task, fresh, tmp_path, outputs_of, dtype):
-    """To the bit what one process makes, less the same exploded runs."""
+    """To the bit what one process makes, less the same exploded runs, and as it is kept fresh."""
     bound = everything(fresh).abs().flatten(1).amax(1).sort().values[-3:-1].mean().item()
     environment = os.environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     calls = [[sys.executable, __file__, str(tmp_path), str(i), dtype, str(bound)] for i in range(2)]
@@ -90,11 +90,27 @@ def test_two_processes_train_a_part_each_and_have_the_whole(task, fresh, tmp_pat
     alone = collect_in_memory(task, **SETTINGS, dtype=dtype, max_weight=bound, progress=False)
     assert first.pop("trained") == [0, 1, 2, 6] and second.pop("trained") == [3, 4, 5]
     assert first["seconds"] == second["seconds"] > 0
+    new = int(alone.run_ids.max()) + 1
+    assert (first["streamed"], second["streamed"]) == ([new, new + 2, new + 4], [new + 1, new + 3, new + 5])
+    keep_fresh(alone, tmp_path / "alone")
+    files = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("alone", "former"))
+    assert next(files) == next(files)
     for found in (first, second):
         assert torch.equal(found["weights"], everything(alone)) and found["run_ids"] == alone.run_ids.tolist()
         assert list(found["dropped"].items()) == list(alone.dropped.items()) and found["dropped"]
         assert found["metrics"].keys() == alone.metrics.keys()
         assert all(torch.equal(found["metrics"][name], values) for name, values in alone.metrics.items())
+
+
+def keep_fresh(zoo: Zoo, folder: Path) -> None:
+    """Five populations of one run each."""
+
+    def train(run_ids: list[int]) -> memory.Trained:
+        return memory.train_population(small_task(), run_ids, SETTINGS["seed"], zoo.iterations, "cpu")
+
+    stream = Stream(zoo, train, 10, 1, folder)
+    for step in (0, 10, 45, 50):
+        stream(step)
 
 
 def _collect_with_others(folder: Path, number: int, dtype: str, bound: float) -> None:
@@ -109,8 +125,11 @@ def _collect_with_others(folder: Path, number: int, dtype: str, bound: float) ->
 
     memory.train_population = counting
     zoo = collect_in_memory(small_task(), **SETTINGS, dtype=dtype, max_weight=bound, progress=False)
+    collected = len(trained)
+    keep_fresh(zoo, folder / "former")
     found = {"weights": everything(zoo), "metrics": zoo.metrics, "run_ids": zoo.run_ids.tolist()}
-    found |= {"dropped": zoo.dropped, "seconds": zoo.seconds, "trained": trained}
+    found |= {"dropped": zoo.dropped, "seconds": zoo.seconds}
+    found |= {"trained": trained[:collected], "streamed": trained[collected:]}
     torch.save(found, folder / f"{number}.pt")
     dist.destroy_process_group()
 
