@@ -12,11 +12,12 @@ import sys
 import time
 from typing import Any
 
-from Gpt.checkpoint import TrainingState, write_json
+from Gpt.checkpoint import TrainingState
 from Gpt.distributed import on_first_process, primary, processes, world
 from Gpt.evaluation.beside import Others, read_runs, side_by_side
 from Gpt.evaluation.costs import Spent
 from Gpt.evaluation.results import Results
+from Gpt.files import write_json
 from Gpt.interruption import held_back
 from Gpt.report.figures import save_figures
 from Gpt.report.html import write_report
@@ -80,6 +81,8 @@ def train_and_judge(experiment: Experiment, summary: dict[str, Any], others: Oth
             keep_summary(experiment, summary)
         elif "step" not in summary:  # the run was killed
             summary |= paid(experiment.checkpoints.latest_state())
+            if primary() and not config.resume_path:
+                print(f"not trained to the end: step {summary['step']} of {config.trainer.steps}", flush=True)
         if experiment.stream:
             experiment.stream.finish(summary["step"])
         results = side_by_side(judge(experiment, summary), others)
@@ -98,7 +101,7 @@ def keep_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
 def train_generator(experiment: Experiment, logger: Loggers) -> dict[str, float]:
     """Train, or go on from the latest checkpoint. Returns what it took, see `paid`."""
     experiment.fit()
-    with held_back() as signalled:
+    with held_back(tells=primary()) as signalled:
         state = train(
             experiment.generator,
             experiment.sampler("train"),

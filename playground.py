@@ -41,16 +41,16 @@ from torch import Tensor
 from yaml import YAMLError
 
 from Gpt.adapters.family import AdapterFamily
-from Gpt.checkpoint import save_tensors, write_json
 from Gpt.config import RunConfig, checked
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.prompting import Starts
+from Gpt.files import save_tensors, write_json
 from Gpt.generator import Generator
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
-from Gpt.run.command_line import guard, launch
+from Gpt.run.command_line import guard, launch, overlaid
 from Gpt.run.experiment import Experiment
-from Gpt.run.folder import stored_config
+from Gpt.run.folder import check_unchanged, stored_config
 from Gpt.run.trained import COUNT, TrainedRun, Wish, bits, moved
 from Gpt.seeds import rng
 from Gpt.tasks import Task
@@ -59,12 +59,12 @@ from rpg.write_adapter import read_tasks, write_adapter
 
 NETWORK = "network-{:03d}.safetensors"
 WORDS = ("prompt", "prompts", "mask", "base_name", "out")  # options whose values are taken as they are
-WHERE = ("run.", "data.root=", "data.download=", "device=", "logger")  # settings that leave a run what it is
 
 
 @dataclass(frozen=True)
 class PlaygroundConfig:
-    """Options of this script; all others are those of main.py and say which run the generator is from.
+    """Options of this script; all others are those of main.py: they say which run the generator is from, and go on top
+    of the settings that it was trained with.
 
     Attributes:
         count: networks to write, 8 where it is left out.
@@ -236,12 +236,19 @@ def split_arguments(arguments: list[str]) -> tuple[PlaygroundConfig, list[str]]:
 
 
 def run_of(config: RunConfig, name: str, settings: list[str]) -> Experiment:
-    """The run, with the settings that it was trained with, unless the command line has settings of its own."""
+    """The run with the settings that it was trained with, and those of the command line on top.
+
+    Raises:
+        ConfigError: one of these is another than what the weights were trained with; names it.
+    """
     given = Experiment(config, name)
-    stored = None if settings else stored_config(given.folder)
+    stored = stored_config(given.folder)
     if stored is None:
         return given
-    return Experiment(moved(stored, given.folder, config.device, config.data.root), name)
+    stored = moved(stored, given.folder, config.device, config.data.root)
+    chosen = overlaid(stored, config, settings)
+    check_unchanged(stored, chosen, given.folder)
+    return Experiment(chosen, name)
 
 
 def _finite(value: Float[Tensor, ""]) -> float | None:
@@ -255,7 +262,7 @@ def main() -> None:
         print(f"{__doc__}\n{PlaygroundConfig.__doc__}")
         return
     options, others = guard(lambda: split_arguments(sys.argv[1:]))
-    settings = [argument for argument in others if "=" in argument and not argument.startswith(("-", *WHERE))]
+    settings = [argument for argument in others if argument.startswith("~") or "=" in argument and argument[0] != "-"]
     launch(
         lambda config, name: play(run_of(config, name, settings), options), others, interrupted=lambda _: "starts over"
     )

@@ -1,15 +1,13 @@
-"""Checkpoints of a training run: safetensors and JSON, written atomically, never unpickled.
+"""Checkpoints of a training run: safetensors and JSON, written whole or not at all, never unpickled.
 
 checkpoints/
-  latest.json        names the folders to use; replaced atomically, so a kill at any moment leaves a valid run
+  latest.json        names the folders to use; replaced last, so a kill or a power failure leaves a valid run
   step-00000400/     model, ema and optimizer .safetensors, facts.json
   best-00000200/     the EMA weights with the best validation score until then, and what that score was
 """
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from Gpt.errors import CheckpointError
+from Gpt.files import flush, save_tensors, write_json
 
 
 @runtime_checkable
@@ -164,9 +163,10 @@ class CheckpointFolder:
                 temporary.mkdir(parents=True)
                 for file, tensors in files.items():
                     contiguous = {k: v.detach().contiguous() for k, v in tensors.items()}
-                    save_file(contiguous, temporary / f"{file}.safetensors")
+                    save_tensors(contiguous, temporary / f"{file}.safetensors")
                 write_json(temporary / "facts.json", facts)
                 temporary.rename(self.folder / name)
+                flush(self.folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -175,9 +175,10 @@ class CheckpointFolder:
         try:
             yield
         except (OSError, SafetensorError) as error:
+            kept = "The previous one is intact" if self.exists() else "There is none before it"
             raise CheckpointError(
-                f"could not write the checkpoint {self.folder / name}: {error}. The previous one is intact; "
-                "make room and start again with the same command"
+                f"could not write the checkpoint {self.folder / name}: {error}. {kept}; make room and start again with "
+                "the same command"
             ) from error
 
 
@@ -214,23 +215,8 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; that library has an error of its own for a full disk, which does not name the file.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    try:
-        save_file(tensors, file, metadata)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
-
-
 def read_json(file: Path) -> dict[str, Any]:
-    """What `write_json` wrote into a run's folder.
+    """What `Gpt.files.write_json` wrote into a run's folder.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -241,10 +227,3 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing; start over with resume=never") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged ({error}); start over with resume=never") from error
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file; a reader sees the old content or the new one."""
-    temporary = file.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, file)

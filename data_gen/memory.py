@@ -5,7 +5,6 @@ to the same numbers, because a run is a function of (seed, run id). A `Stream` r
 ones as training goes on: a generator then never sees a network often enough to memorise it.
 """
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_gen.collect import check_positive, snapshot_schedule, total_iterations, train_population
-from Gpt.checkpoint import save_tensors
 from Gpt.data.shards import DTYPES, bad_runs
 from Gpt.data.zoo import Zoo
-from Gpt.distributed import primary
+from Gpt.distributed import Rows, from_all, in_parts, primary, share, total, world
 from Gpt.errors import ConfigError
+from Gpt.files import save_tensors
 from Gpt.tasks import Task
 
 Trained = tuple[Float[Tensor, "R S D"], dict[str, Float[Tensor, "R S"]]]
@@ -44,6 +43,8 @@ def collect_in_memory(
 ) -> Zoo:
     """Train runs 0 … runs - 1, `population` at a time, and keep them on `device`; arguments as of `collect`.
 
+    Several processes share the populations out, and all keep the whole zoo.
+
     Raises:
         TaskError: the task has no recipe.
         ConfigError: the snapshots do not fit the recipe, or a setting is unknown.
@@ -55,20 +56,30 @@ def collect_in_memory(
     weights = torch.empty(runs, len(iterations), task.structure.size, dtype=DTYPES[dtype], device=device)
     metrics: dict[str, Tensor] = {}
     run_ids: list[int] = []
-    dropped: dict[int, str] = {}
-    begun = time.perf_counter()
-    with tqdm(total=runs * len(iterations), unit=" snapshots", unit_scale=True, disable=not progress) as bar:
-        for first in range(0, runs, population):
-            members = list(range(first, min(first + population, runs)))
-            trained, columns = train_population(task, members, seed, iterations, device, progress=bar.update)
-            dropped |= (bad := bad_runs(members, trained, max_weight))
-            kept = [i for i, run in enumerate(members) if run not in bad]
-            rows = slice(len(run_ids), len(run_ids) + len(kept))
-            weights[rows] = trained[kept].to(weights.dtype)
-            for name, values in columns.items():
-                metrics.setdefault(name, torch.empty(runs, len(iterations), device=device))[rows] = values[kept]
-            run_ids += [members[i] for i in kept]
-            del trained
+    dropped: dict[int, str] = {}  # by this process, as are the seconds
+    seconds = 0.0
+
+    def sound(chunk: slice) -> Rows:
+        nonlocal seconds
+        begun = time.perf_counter()
+        members = list(range(chunk.start, chunk.stop))
+        trained, columns = train_population(task, members, seed, iterations, device, progress=bar.update)
+        dropped.update(bad := bad_runs(members, trained, max_weight))
+        kept = [i for i, run in enumerate(members) if run not in bad]
+        numbers = torch.tensor([members[i] for i in kept], dtype=torch.long)
+        found = {"weights": trained[kept].to(weights.dtype), "run": numbers}
+        seconds += time.perf_counter() - begun
+        return found | {name: values[kept] for name, values in columns.items()}
+
+    own = sum(min(population, runs - first) for first in share(range(0, runs, population)))
+    with tqdm(total=own * len(iterations), unit=" snapshots", unit_scale=True, disable=not progress) as bar:
+        for part in in_parts(sound, runs, population):
+            numbers = part.pop("run").tolist()
+            rows = slice(len(run_ids), len(run_ids) + len(numbers))
+            weights[rows] = part.pop("weights")
+            for name, values in part.items():
+                metrics.setdefault(name, torch.empty(runs, len(iterations), device=device))[rows] = values
+            run_ids += numbers
     count = len(run_ids)
     return Zoo.from_tensors(
         weights[:count],
@@ -78,8 +89,8 @@ def collect_in_memory(
         task.structure,
         test_runs=test_runs,
         validation_runs=validation_runs,
-        dropped=dropped,
-        seconds=time.perf_counter() - begun,
+        dropped=dict(sorted(entry for found in from_all(dropped) for entry in found.items())),
+        seconds=total(torch.tensor(seconds, dtype=torch.float64)).item(),
     )
 
 
@@ -89,6 +100,8 @@ class Stream:
     What the zoo holds at a step is a function of the step: a resumed training trains again the populations that the
     zoo held when it was interrupted. Final networks of all populations are kept on disk, 4 D bytes a run, so that an
     evaluation can tell copies of any run that training drew from.
+
+    Of several processes each trains one of the next populations, and all keep these in memory until their turn.
 
     Args:
         zoo: kept in memory; its test and validation runs stay.
@@ -114,6 +127,7 @@ class Stream:
         self.slots = len(self.rows) // population
         self.first_run = int(zoo.run_ids.max()) + 1
         self.generation = 0
+        self._ahead: dict[int, Rows] = {}
         if self.slots < 1:
             raise ConfigError(
                 f"zoo.refresh_every: the training split has {len(self.rows)} runs, fewer than "
@@ -137,35 +151,45 @@ class Stream:
         self.zoo.former = torch.cat([replaced, *(self._final_networks(generation) for generation in left)])
 
     def _replace(self, generation: int) -> None:
-        run_ids, weights, metrics = self._trained(generation)
-        if not run_ids:
+        if generation not in self._ahead:
+            parts = in_parts(lambda turn: self._sound(generation + turn.start), world(), 1)
+            self._ahead = dict(enumerate(parts, generation))
+        metrics = self._ahead.pop(generation)
+        run_ids, weights = metrics.pop("run"), metrics.pop("weights")
+        self._keep(generation, weights)
+        if not len(run_ids):
             return
         # A run that had to be dropped is replaced by a sound one of its population.
         source = torch.arange(self.population) % len(run_ids)
         slot = (generation - 1) % self.slots
         rows = self.rows[slot * self.population : (slot + 1) * self.population]
-        names = torch.tensor(run_ids)[source]
+        names = run_ids[source]
         source = source.to(weights.device)
         self.zoo.replace(rows, names, weights[source], {name: values[source] for name, values in metrics.items()})
 
-    def _trained(self, generation: int) -> tuple[list[int], Float[Tensor, "n S D"], dict[str, Float[Tensor, "n S"]]]:
-        """The sound runs of a population; the first process keeps their final networks."""
+    def _sound(self, generation: int) -> Rows:
+        """The runs of a population that need not be dropped: their numbers, weights and metrics."""
         first = self.first_run + (generation - 1) * self.population
         run_ids = list(range(first, first + self.population))
         weights, metrics = self.train(run_ids)
         bad = bad_runs(run_ids, weights, self.max_weight)
         good = [i for i, run in enumerate(run_ids) if run not in bad]
-        weights, metrics = weights[good], {name: values[good] for name, values in metrics.items()}
+        numbers = torch.tensor([run_ids[i] for i in good], dtype=torch.long)
+        return {"run": numbers, "weights": weights[good]} | {name: values[good] for name, values in metrics.items()}
+
+    def _keep(self, generation: int, weights: Float[Tensor, "n S D"]) -> Float[Tensor, "n D"]:
+        """The final networks of a population, which the first process stores."""
+        final, file = weights[:, -1].cpu().contiguous(), self._file(generation)
         if primary():
-            file = self._file(generation)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"weights": weights[:, -1].cpu().contiguous()}, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
-        return [run_ids[i] for i in good], weights, metrics
+            save_tensors({"weights": final}, file)
+        return final
 
     def _final_networks(self, generation: int) -> Float[Tensor, "n D"]:
         file = self._file(generation)
-        return load_file(file)["weights"] if file.is_file() else self._trained(generation)[1][:, -1].cpu()
+        if file.is_file():
+            return load_file(file)["weights"]
+        return self._keep(generation, self._sound(generation)["weights"])
 
     def _file(self, generation: int) -> Path:
         return self.folder / f"{generation:06d}.safetensors"

@@ -10,9 +10,9 @@ from typing import Any
 from Gpt.adapters.conditions import prompt_states
 from Gpt.adapters.measure import adapter_parts
 from Gpt.adapters.peft_io import save_adapter
-from Gpt.checkpoint import write_json
 from Gpt.data.adapter_batches import prompt_for
 from Gpt.errors import DataError
+from Gpt.files import write_json
 from Gpt.generator import Generator
 from Gpt.tasks import Task
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from Gpt.adapters.base import INSTALL, BaseModel
 from Gpt.adapters.spec import PREFIX, AdapterSpec, adapter_structure, draw_a, target_shapes
-from Gpt.checkpoint import save_tensors
 from Gpt.errors import ConfigError, DataError, StructureError
+from Gpt.files import save_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What a configuration may say without it changing what these tensors do to these layers, or what is read off it.

@@ -25,6 +25,7 @@ from Gpt.adapters.user import FILES, prepare_prompts, write_prompts
 from Gpt.data.shards import read_manifest
 from Gpt.data.zoo import Zoo
 from Gpt.errors import DataError, StructureError, UserError
+from Gpt.files import write_text
 from Gpt.recipes import AdapterRecipe
 
 
@@ -190,7 +191,7 @@ def round_trip(options: argparse.Namespace) -> list[str]:
 def _compared(tokens: AdapterTokens, manifest: dict[str, Any], file: Path) -> str:
     if not file.exists():
         with _written("--manifest", file):
-            file.write_text(json.dumps(manifest))
+            write_text(file, json.dumps(manifest))
         return f"{file}: written"
     try:
         tokens.check_manifest(json.loads(file.read_text(encoding="utf-8")))

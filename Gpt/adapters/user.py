@@ -18,6 +18,7 @@ from random import Random
 
 from Gpt.adapters.suite import Example, Judgement, Member
 from Gpt.errors import ConfigError, DataError
+from Gpt.files import write_text
 from Gpt.seeds import derive_seed
 
 FILES = {"train": "train.jsonl", "test": "test.jsonl"}
@@ -184,7 +185,7 @@ def write_prompts(folder: str | Path, parts: Mapping[str, Sequence[PromptSet]]) 
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part, name in FILES.items():
         lines = [json.dumps(asdict(found), ensure_ascii=False) for found in parts[part]]
-        (Path(folder) / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(Path(folder) / name, "\n".join(lines) + "\n")
 
 
 def _drawn(items: list, count: int, seed: int) -> list:

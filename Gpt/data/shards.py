@@ -6,7 +6,7 @@
     shard-00000.json                 run ids, dropped runs, sizes and SHA-256 of the two; written last, it makes the
                                      shard exist
 
-Every file is written under a temporary name, synchronised and renamed, so a reader sees a whole file or none.
+Every file is written as `Gpt.files` does it, so a reader sees a whole file or none.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from Gpt.errors import ZooError
+from Gpt.files import flush, naming, replacing, temporary_name
 from Gpt.recipes import Recipe
 from Gpt.structure import Structure
 
@@ -107,16 +107,30 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
     """Begin a zoo, or join one that has the same manifest; of several workers that begin at once, one writes it.
 
     Raises:
-        ZooError: the folder holds a zoo with another manifest; names the first key that differs.
+        ZooError: the folder holds a zoo with another manifest, names the first key that differs; or it is a file.
+        OSError: it cannot be written; a zoo that is there need not be.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(folder / MANIFEST)
-    try:
-        _write_synchronised(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
-        if not _is_first(temporary, folder / MANIFEST):
-            check_same(folder, read_manifest(folder), manifest)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ZooError(f"{folder} is a file, where a zoo's folder is expected; mend zoo.path")
+    file = folder / MANIFEST
+    if not file.is_file() and _begin(file, manifest):
+        return
+    check_same(folder, read_manifest(folder), manifest)
+
+
+def _begin(file: Path, manifest: Manifest) -> bool:
+    """Write a manifest; False where another worker was before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(file)
+    with naming(file):
+        try:
+            _write(temporary, [json.dumps(dataclasses.asdict(manifest), indent=1).encode()])
+            flush(temporary)
+            first = _is_first(temporary, file)
+            flush(file.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return first
 
 
 def _is_first(temporary: Path, file: Path) -> bool:
@@ -210,11 +224,11 @@ def write_shard(
     try:
         files["index"].unlink(missing_ok=True)  # a shard that is written anew does not exist until it is whole
         sums = {
-            "weights": _write_atomically(files["weights"], _safetensors(manifest, [weights[i] for i in kept])),
-            "metrics": _write_atomically(files["metrics"], [safetensors.torch.save(columns)]),
+            "weights": _replace(files["weights"], _safetensors(manifest, [weights[i] for i in kept])),
+            "metrics": _replace(files["metrics"], [safetensors.torch.save(columns)]),
         }
         shard = Shard((covered[0], covered[-1] + 1), [run_ids[i] for i in kept], dropped, sums, seconds)
-        _write_atomically(files["index"], [json.dumps(dataclasses.asdict(shard)).encode()])
+        _replace(files["index"], [json.dumps(dataclasses.asdict(shard)).encode()])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -348,31 +362,19 @@ def _safetensors(manifest: Manifest, runs: Sequence[Float[Tensor, "snapshots D"]
         yield run.to("cpu", manifest.torch_dtype).contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _temporary(file: Path) -> Path:
-    """A name that no other worker uses, be it a thread, a process or a process on another host."""
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+def _replace(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Replace a file. Returns size and SHA-256."""
+    with replacing(file) as temporary:
+        return _write(temporary, parts)
 
 
-def _write_atomically(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write under a temporary name, synchronise, rename. Returns size and SHA-256."""
-    temporary = _temporary(file)
-    try:
-        description = _write_synchronised(temporary, parts)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return description
-
-
-def _write_synchronised(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def _write(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as stream:
         for part in parts:
             stream.write(part)
             digest.update(part)
             size += len(part)
-        stream.flush()
-        os.fsync(stream.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -13,6 +13,7 @@ import jinja2
 import torch
 
 from Gpt.evaluation.results import Costs, Interval, Results, Row
+from Gpt.files import write_text
 from Gpt.report.logger import read_metrics
 from Gpt.report.text import (
     column_label,
@@ -109,7 +110,7 @@ def write_report(
         environment=environment(),
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -7,14 +7,13 @@ import contextlib
 import csv
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from Gpt.checkpoint import write_json
 from Gpt.evaluation.results import Results
+from Gpt.files import flush, naming, replacing, write_json, write_text
 from Gpt.report.trackers import TRACKERS, LoggerConfig, Metrics, check_installed
 
 
@@ -24,6 +23,9 @@ class RunLogger(Protocol):
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Scalars measured after `step` optimiser steps, named `<split>/<metric>`, e.g. `validation/loss`."""
+
+    def flush(self) -> None:
+        """A checkpoint follows: what was logged must not be lost after it."""
 
     def figure(self, name: str, path: Path) -> None:
         """An image that has been written to `path`."""
@@ -62,6 +64,10 @@ class Loggers:
         for logger in self.loggers:
             logger.log(metrics, step)
 
+    def flush(self) -> None:
+        for logger in self.loggers:
+            logger.flush()
+
     def figure(self, name: str, path: Path) -> None:
         for logger in self.loggers:
             logger.figure(name, path)
@@ -87,17 +93,20 @@ class JsonlLogger:
     def __init__(self, folder: Path, resume_step: int = -1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        path = folder / "metrics.jsonl"
+        self._path = path = folder / "metrics.jsonl"
         kept = [line for line in _valid_lines(path) if line["step"] <= resume_step]
-        rewritten = path.with_suffix(".jsonl.tmp")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(rewritten, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:
         line = {"step": step, "time": round(time.time(), 3), **{name: float(value) for name, value in metrics.items()}}
-        self._file.write(json.dumps(_finite_or_null(line), allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(_finite_or_null(line), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        with naming(self._path):
+            flush(self._path)
 
     def figure(self, name: str, path: Path) -> None:
         """Figures already lie in the run folder."""
@@ -107,7 +116,7 @@ class JsonlLogger:
 
     def finish(self) -> None:
         self._file.close()
-        write_csv(self.folder / "metrics.jsonl", self.folder / "metrics.csv")
+        write_csv(self._path, self.folder / "metrics.csv")
 
 
 def read_metrics(path: Path) -> list[dict[str, float | int]]:
@@ -119,7 +128,7 @@ def write_csv(metrics: Path, path: Path) -> None:
     """A metrics.jsonl as a table: a row for each line, a column for each metric; empty where it was not measured."""
     lines = read_metrics(metrics)
     columns = list(dict.fromkeys(["step", "time", *(name for line in lines for name in line)]))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
         table.writeheader()
         table.writerows(lines)

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from Gpt.files import replacing
+
 COLOURS = {
     "generator": "#0b62c4",
     "optimiser": "#d1600a",
@@ -71,8 +73,9 @@ def save(figure: Figure, path: Path) -> Path:
     """Write `path` (PNG) for viewers and, beside it, the same figure as SVG for the report; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(RC):
-        figure.savefig(path)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        for file, facts in ((path, None), (path.with_suffix(".svg"), {"Date": None})):
+            with replacing(file) as temporary:
+                figure.savefig(temporary, metadata=facts)
     return path
 
 

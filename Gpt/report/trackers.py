@@ -14,6 +14,7 @@ from typing import Any
 
 from Gpt.errors import ConfigError
 from Gpt.evaluation.results import PromptCurve, Results, Row, Trace
+from Gpt.files import write_text
 from Gpt.report.text import comparison_rows, print_table, side_by_side_rows
 
 MODES = {
@@ -99,6 +100,9 @@ class _Tracker:
 
     def _end(self) -> None:
         self._run.finish()
+
+    def flush(self) -> None:
+        """Trackers send in the background."""
 
     @_never_fatal
     def finish(self) -> None:
@@ -233,7 +237,7 @@ def _run_id(folder: Path) -> str:
     path = folder / "run-id"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from Gpt.files import replacing
 from Gpt.report.style import COLOURS, INK, new_figure, styled
 from Gpt.structure import Structure
 
@@ -95,7 +96,8 @@ def walk_gif(filters: np.ndarray, metric: Sequence[float], path: Path, fps: int 
             draw.ellipse([x - 5, grid.height + y - 5, x + 5, grid.height + y + 5], fill=COLOURS["generator"])
         frames.append(frame.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0)
+    with replacing(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0)
     return path
 
 

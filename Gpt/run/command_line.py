@@ -8,7 +8,7 @@ import errno
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from Gpt.config import RunConfig, checked
-from Gpt.distributed import primary
+from Gpt.distributed import primary, world
 from Gpt.errors import ConfigError, UserError, nearest
 from Gpt.interruption import Interrupted, handled
 from rpg.registry import GENERATORS
@@ -79,7 +79,7 @@ def launch(
 
 def guard(job: Callable[[], Any], interrupted: str = CONTINUES) -> Any:
     """Errors a user can mend end with their message; Ctrl-C and SIGTERM say what the same command does next."""
-    with handled():
+    with handled(shared=world() > 1):
         try:
             return job()
         except UserError as error:
@@ -90,7 +90,8 @@ def guard(job: Callable[[], Any], interrupted: str = CONTINUES) -> Any:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             print(
-                f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path",
+                f"error: {where}{error.strerror}; mend that and start again, or set another run.root or zoo.path, "
+                "or out in the playground",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -149,6 +150,41 @@ def typed_config(composed: Mapping) -> RunConfig:
             "the characters themselves"
         ) from error
     return checked(RunConfig, values)
+
+
+def overlaid(stored: RunConfig, given: RunConfig, settings: Sequence[str]) -> RunConfig:
+    """The settings of a run with others on top.
+
+    Args:
+        given: what the settings on top compose to; their values are taken from it.
+    """
+    values, new = dataclasses.asdict(stored), dataclasses.asdict(given)
+    for setting in settings:
+        override = OverridesParser.create().parse_override(setting)
+        for path in _leaves(override.key_or_group.split("."), override.value()):
+            if path[0] != "hydra":
+                _put(path, values, new)
+    return checked(RunConfig, values)
+
+
+def _leaves(path: list[str], value: Any) -> Iterator[list[str]]:
+    """The keys that a setting sets: those of a dict leave its others as they are."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves([*path, str(key)], inner)
+    else:
+        yield path
+
+
+def _put(path: list[str], values: dict[str, Any], new: dict[str, Any]) -> None:
+    """Take one value over; one that is not there is removed."""
+    key, *rest = path
+    if rest:
+        _put(rest, values.setdefault(key, {}), new.get(key, {}))
+    elif key in new:
+        values[key] = new[key]
+    else:
+        values.pop(key, None)
 
 
 def check_arguments(arguments: list[str]) -> list[str]:

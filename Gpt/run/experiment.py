@@ -118,9 +118,8 @@ class Experiment:
     @cached_property
     def zoo(self) -> Zoo:
         """The zoo as it is to be seen: aligned, or split by snapshot, where the settings say so."""
-        zoo = self._plain_zoo
-        if self.config.zoo.align:
-            zoo = align_runs(zoo, *self.held_out)
+        plain = self._plain_zoo
+        zoo = together(lambda: align_runs(plain, *self.held_out)) if self.config.zoo.align else plain
         return split_by_snapshot(zoo, *self.held_out) if self.config.zoo.split == "snapshot" else zoo
 
     @cached_property
@@ -141,15 +140,7 @@ class Experiment:
             on_first_process(self._import_zoo)
         elif task.recipe or not self.zoo_folder.exists():
             together(self._collect_zoo)
-        return Zoo.open(
-            self.zoo_folder,
-            task.structure,
-            storage=settings.storage,
-            device=self.device,
-            test_runs=self.held_out[0],
-            validation_runs=self.held_out[1],
-            runs=settings.runs if task.recipe and not task.checkpoints else None,
-        )
+        return together(self._open_zoo)
 
     @property
     def unanswered(self) -> bool:
@@ -205,6 +196,18 @@ class Experiment:
         """What a zoo holds, on disk or in memory: arguments of `collect` and `collect_in_memory`."""
         names = ("runs", "snapshots", "spacing", "seed", "dtype", "max_weight")
         return {name: getattr(self.config.zoo, name) for name in names} | {"device": self.device}
+
+    def _open_zoo(self) -> Zoo:
+        settings, task = self.config.zoo, self.task
+        return Zoo.open(
+            self.zoo_folder,
+            task.structure,
+            storage=settings.storage,
+            device=self.device,
+            test_runs=self.held_out[0],
+            validation_runs=self.held_out[1],
+            runs=settings.runs if task.recipe and not task.checkpoints else None,
+        )
 
     def _import_zoo(self) -> None:
         """Convert the task's checkpoints; what was converted before is kept, and needs its source no longer."""

@@ -9,11 +9,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from Gpt.checkpoint import read_json, write_json
+from Gpt.checkpoint import read_json
 from Gpt.config import ConditionConfig, RunConfig, checked
 from Gpt.distributed import on_first_process
 from Gpt.errors import CheckpointError, ConfigError
+from Gpt.files import write_json, write_text
 
 
 def choose_folder(config: RunConfig, folder: Path) -> Path:
@@ -55,7 +58,7 @@ def open_folder(config: RunConfig, folder: Path) -> dict[str, Any]:
 def create_folder(config: RunConfig, folder: Path) -> None:
     """The run folder with the configuration in it, and nothing else to be gone on with."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), folder / "config.yaml")
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     write_json(folder / "summary.json", {})
     write_json(folder / "config.json", _settings(config))
 
@@ -65,12 +68,32 @@ def stored_config(folder: Path) -> RunConfig | None:
 
     Raises:
         ConfigError: it is of a version with other keys.
+        CheckpointError: it is damaged.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         return None
-    values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is damaged ({reason}); start over with resume=never") from error
+    if not (isinstance(values, dict) and set(values) >= {"task", "generator"}):
+        raise CheckpointError(f"{file} is damaged (it is cut short); start over with resume=never")
     return checked(RunConfig, values)
+
+
+def check_unchanged(stored: RunConfig, config: RunConfig, folder: Path) -> None:
+    """Raises:
+    ConfigError: a setting that the weights depend on is another than the stored one; names it. Files of tasks may lie
+        elsewhere by now.
+    """
+    stored = dataclasses.replace(stored, task_modules=config.task_modules)
+    if different := list(_differences(_settings(stored), _settings(config))):
+        raise ConfigError(
+            f"the run in {folder} was trained with other settings ({'; '.join(different[:5])}). Leave them out, or "
+            "name another run: run.name=NAME"
+        )
 
 
 @contextlib.contextmanager

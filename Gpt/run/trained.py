@@ -18,7 +18,7 @@ Data flow: what is said (a metric, classes in words or bits) becomes a `Wish`, a
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from Gpt import masks
 from Gpt.adapters.family import AdapterFamily
-from Gpt.config import RunConfig
+from Gpt.config import RunConfig, RunFolderConfig
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
@@ -46,6 +46,7 @@ from Gpt.tasks import Task
 from Gpt.vocabulary import CLASSES
 
 COUNT = 8  # networks, unless it is said how many
+BEGUN = "the run in {} has no checkpoint yet; the command that began it goes on with it"
 
 
 def open_run(folder: Path | str, device: str = "auto", data_root: str | None = None) -> "TrainedRun":
@@ -65,7 +66,7 @@ def open_run(folder: Path | str, device: str = "auto", data_root: str | None = N
         raise CheckpointError(f"there is no run in {folder}: no config.yaml; give the folder that main.py left, runs/…")
     run = TrainedRun(Experiment(moved(stored, folder, device, data_root), folder.name))
     if not run.is_trained:
-        raise CheckpointError(f"the run in {folder} has no checkpoint yet; the command that began it goes on with it")
+        raise CheckpointError(BEGUN.format(folder))
     return run
 
 
@@ -127,11 +128,14 @@ class TrainedRun:
             CheckpointError: it was not trained yet; says which command trains it.
         """
         experiment = self.experiment
-        if not self.is_trained:
-            settings = [f"run.name={experiment.config.run.name}"] if experiment.config.run.name else []
-            command = shlex.join(["python", "main.py", "--config-name", experiment.name, *settings])
-            raise CheckpointError(f"there is no trained generator in {experiment.folder}; train one with: {command}")
-        return experiment.trained()
+        if self.is_trained:
+            return experiment.trained()
+        if stored_config(experiment.folder) is not None:
+            raise CheckpointError(BEGUN.format(experiment.folder))
+        own, usual = asdict(experiment.config.run), asdict(RunFolderConfig())
+        settings = [f"run.{key}={value}" for key, value in own.items() if value != usual[key]]
+        command = shlex.join(["python", "main.py", "--config-name", experiment.name, *settings])
+        raise CheckpointError(f"there is no trained generator in {experiment.folder}; train one with: {command}")
 
     def write(
         self,

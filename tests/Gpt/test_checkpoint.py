@@ -2,18 +2,16 @@
 
 import contextlib
 import errno
-import json
-import resource
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import checkpoint
-from Gpt.checkpoint import CheckpointFolder, TrainingState, save_tensors, write_json
+from Gpt import files
+from Gpt.checkpoint import CheckpointFolder, TrainingState
 from Gpt.errors import CheckpointError
 from Gpt.seeds import rng
 
@@ -105,13 +103,13 @@ def test_without_best_weights_the_latest_average_is_used(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("no space")])
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file, error):
     checkpoints = save(tmp_path, 100, seed=1, best=100)
-    save_file, replace = checkpoint.save_file, checkpoint.os.replace
+    save_file, replace = files.save_file, os.replace
 
-    def full_save(tensors, path):
-        if path.stem == file:
+    def full_save(tensors, path, metadata):
+        if path.name.startswith(f".{file}."):
             path.write_bytes(b"half a fi")
             raise error
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     def full_replace(source, path):
         if path.stem == file:
@@ -119,8 +117,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file,
         replace(source, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_save)
-        patch.setattr(checkpoint.os, "replace", full_replace)
+        patch.setattr(files, "save_file", full_save)
+        patch.setattr(os, "replace", full_replace)
         with pytest.raises(CheckpointError, match=r"step-00000200.*(No|no) space.*previous one is intact; make room"):
             save(tmp_path, 200, seed=2, best=100)
     net = network(0)
@@ -129,6 +127,26 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, file,
     assert not list(tmp_path.glob("step-*.tmp"))
     save(tmp_path, 200, seed=2, best=100)
     assert checkpoints.latest_step() == 200
+
+
+def test_a_full_disk_before_the_first_checkpoint_is_not_told_of_another(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space.*There is none before it; make room"):
+        save(tmp_path, 100, seed=1)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_the_one_to_use(tmp_path, disk):
+    """What a power failure leaves: everything below a name that was flushed, and names that were."""
+    save(tmp_path, 100, seed=1, best=100)
+    folder, latest = tmp_path / "step-00000100", tmp_path / "latest.json"
+    used = disk.events.index(("named", latest))
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "facts.json"):
+        assert disk.held(folder / name, used), name
+    assert all(disk.held(place, used) for place in (folder, tmp_path / "best-00000100"))
+    assert disk.held(latest, len(disk.events))
 
 
 @pytest.mark.parametrize(
@@ -182,34 +200,3 @@ def test_damaged_files_are_named(tmp_path, name, damage):
     net = network(0)
     with pytest.raises(CheckpointError, match=rf"{name} is (damaged|missing).*resume=never"):
         checkpoints.load(net, network(0), torch.optim.AdamW(net.parameters()))
-
-
-def test_tensors_that_do_not_fit_are_an_error_of_the_system_that_names_the_file(tmp_path):
-    file, allowed = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, allowed[1]))  # bytes of a file
-    try:
-        with pytest.raises(OSError) as caught:
-            save_tensors({"a": torch.zeros(1000)}, file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(file))
-    save_tensors({"a": torch.ones(3)}, file, {"of": "ones"})
-    assert torch.equal(load_file(file)["a"], torch.ones(3))
-
-
-def test_every_writer_of_tensors_has_its_errors_explained():
-    root = Path(checkpoint.__file__).parents[1]
-    sources = [root / "playground.py", *(f for name in ("Gpt", "rpg", "data_gen") for f in (root / name).rglob("*.py"))]
-    assert [f.name for f in sources if "save_file" in f.read_text()] == ["checkpoint.py"]
-
-
-def test_json_is_replaced_whole(tmp_path, monkeypatch):
-    write_json(tmp_path / "a.json", {"x": 1})
-
-    def fail(*_):
-        raise OSError(errno.EIO, "input/output error")
-
-    monkeypatch.setattr(checkpoint.os, "replace", fail)
-    with pytest.raises(OSError, match="input/output"):
-        write_json(tmp_path / "a.json", {"x": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}

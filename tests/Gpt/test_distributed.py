@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,22 @@ import torch
 import torch.distributed as dist
 
 from Gpt import distributed
-from Gpt.distributed import busy, from_first, in_chunks, largest, on_first_process, rank, share, together, total, world
+from Gpt.distributed import (
+    busy,
+    from_all,
+    from_first,
+    in_chunks,
+    in_parts,
+    largest,
+    on_first_process,
+    rank,
+    share,
+    together,
+    total,
+    world,
+)
 from Gpt.errors import TaskError, UserError
+from Gpt.interruption import Interrupted, handled, held_back
 from Gpt.seeds import rng
 
 COUNT, SIZE = 23, 5
@@ -34,9 +50,15 @@ def test_one_process_does_everything():
     assert found["noise"].shape == (COUNT, 2, 3)
     assert list(share("abc")) == list("abc") and world() == 1 and busy(COUNT, SIZE) == 1
     assert (from_first(3), on_first_process(lambda: 4), together(lambda: 5)) == (3, 4, 5)
-    assert total(torch.tensor(2.0)) == 2 and largest(15) == 15
+    assert total(torch.tensor(2.0)) == 2 and largest(15) == 15 and from_all(6) == [6]
     with pytest.raises(TaskError, match="second chunk"):
         in_chunks(failing, COUNT, SIZE)
+
+
+def test_one_process_does_a_part_when_it_is_asked_for_it():
+    done = []
+    parts = in_parts(lambda chunk: done.append(chunk.start) or work(chunk), COUNT, SIZE)
+    assert next(parts)["row"].tolist() == list(range(SIZE)) and done == [0]
 
 
 def in_processes(folder: Path, part: str, count: int = 2) -> list[subprocess.Popen]:
@@ -50,6 +72,13 @@ def in_processes(folder: Path, part: str, count: int = 2) -> list[subprocess.Pop
 def test_every_process_gets_the_rows_that_one_makes_and_the_errors_of_the_others(tmp_path, outputs_of):
     outputs = outputs_of(in_processes(tmp_path, "share"), 100)
     assert [output.splitlines()[-1] for output in outputs] == ["done", "done"], outputs
+
+
+@pytest.mark.parametrize("place", ["between", "first", "job", "chunk", "training"])
+def test_a_signal_in_one_process_ends_both_where_they_exchange_something(tmp_path, outputs_of, place):
+    """And none before: the other would wait for it."""
+    outputs = outputs_of(in_processes(tmp_path, place), 100)
+    assert [output.splitlines()[-2:] for output in outputs] == [["SIGTERM", "done"]] * 2, outputs
 
 
 def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path, outputs_of):
@@ -67,6 +96,7 @@ def _share() -> None:
     assert in_chunks(work, SIZE, SIZE)["row"].tolist() == list(range(SIZE))  # only one process has work
     assert busy(COUNT, SIZE) == 2 and busy(SIZE, SIZE) == 1
     assert from_first(rank()) == 0 and total(torch.tensor(rank() + 1.0)) == 3 and largest(2 - rank()) == 2
+    assert from_all(rank()) == [0, 1]
     assert list(share("abcde")) == list(("ace", "bd")[rank()])
     for job in (
         lambda: in_chunks(failing, COUNT, SIZE),
@@ -83,6 +113,49 @@ def _fail_in(process: int) -> None:
         raise UserError(f"process {process} is broken")
 
 
+def _signalled(place: str) -> None:
+    """Process 1 has a signal, or 0 where it alone decides, and the other waits for it in an exchange."""
+    told = place != "first"
+
+    def tell(*_) -> None:
+        if rank() == told:
+            time.sleep(0.5)
+            signal.raise_signal(signal.SIGTERM)
+
+    def failing_work(chunk: slice) -> dict[str, torch.Tensor]:
+        tell()
+        return work(chunk)
+
+    def rest() -> None:
+        """What follows in a job is not done any more, what follows elsewhere is."""
+        tell()
+        assert rank() != told
+
+    def between() -> None:
+        tell()
+        together(lambda: None)
+
+    def first() -> None:
+        tell()
+        on_first_process(lambda: None)
+
+    def training() -> None:
+        with held_back(tells=False):
+            tell()
+            assert together(lambda: 3) == 3
+        together(lambda: None)
+
+    jobs = {
+        "between": between, "first": first, "job": lambda: together(rest),
+        "chunk": lambda: in_chunks(failing_work, COUNT, SIZE), "training": training,
+    }  # fmt: skip
+    with pytest.raises(Interrupted) as caught, handled(shared=True):
+        jobs[place]()
+        raise AssertionError("nobody was told")
+    assert from_all(rank()) == [0, 1]  # they are still in step
+    print(signal.Signals(caught.value.number).name)
+
+
 def _die() -> None:
     if rank() == 1:
         os._exit(1)
@@ -95,6 +168,6 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{folder}/rendezvous", rank=int(number), world_size=int(count),
         timeout=distributed.TIMEOUT,
     )  # fmt: skip
-    {"share": _share, "die": _die}[part]()
+    {"share": _share, "die": _die}.get(part, lambda: _signalled(part))()
     print("done")
     dist.destroy_process_group()

@@ -1,12 +1,13 @@
 """Ctrl-C and SIGTERM: at once, or held back until the work inside has ended; afterwards as before."""
 
+import pickle
 import signal
 import threading
 from signal import SIGINT, SIGTERM
 
 import pytest
 
-from Gpt.interruption import SIGNALS, Interrupted, handled, held_back
+from Gpt.interruption import SIGNALS, Interrupted, at_once, handled, held_back, noted
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +109,49 @@ def test_a_signal_that_is_ignored_stays_so():
         assert signal.getsignal(SIGINT) is signal.SIG_IGN and caught.value.number == SIGTERM
     finally:
         signal.signal(SIGINT, before)
+
+
+# --- of several processes: noted, until they exchange something, as in test_distributed.py ----------------------------
+
+
+def test_the_signal_of_one_of_several_processes_is_noted_and_ends_work_that_needs_no_other():
+    done = []
+    with pytest.raises(Interrupted) as caught, handled(shared=True):
+        signal.raise_signal(SIGTERM)
+        done.append(noted())
+        with at_once():
+            pytest.fail("the work began")
+    assert done == [SIGTERM] and caught.value.number == SIGTERM
+
+
+def test_it_ends_such_work_in_its_midst_and_the_next_is_noted_again():
+    with pytest.raises(Interrupted) as caught, handled(shared=True):
+        with pytest.raises(Interrupted), at_once():
+            signal.raise_signal(SIGTERM)
+            pytest.fail("the work went on")
+        assert noted() == SIGTERM
+    assert caught.value.number == SIGTERM  # the end of everything is the last place
+
+
+def test_a_second_ctrl_c_does_not_wait_for_other_processes():
+    with pytest.raises(Interrupted), handled(shared=True):
+        signal.raise_signal(SIGINT)
+        signal.raise_signal(SIGINT)
+        pytest.fail("the work went on")
+
+
+def test_a_training_is_told_and_what_it_stores_is_stored_whole(capfd):
+    done = []
+    with pytest.raises(Interrupted), handled(shared=True):
+        with held_back(tells=False) as signalled:
+            with at_once():
+                signal.raise_signal(SIGTERM)
+                done.append("stored")
+            done.append((signalled(), noted()))
+        done.append(noted())
+    assert done == ["stored", (SIGTERM, 0), SIGTERM] and capfd.readouterr().err == ""
+
+
+def test_an_interruption_can_be_sent():
+    found = pickle.loads(pickle.dumps(Interrupted(SIGTERM, "at step 3 of 4")))
+    assert (found.number, str(found)) == (SIGTERM, "at step 3 of 4")

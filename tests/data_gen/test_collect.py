@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_ends_the_training_of_the_next_shard(task, tmp_path,
     full, trained = threading.Event(), []
 
     def no_space(descriptor):
-        if (tmp_path / "manifest.json").exists():
+        if "shard-" in os.readlink(f"/proc/self/fd/{descriptor}"):
             full.set()
             raise OSError(28, "No space left on device")
 
@@ -244,7 +244,23 @@ def test_the_seconds_of_a_zoo_add_up_over_sessions(task, tmp_path, monkeypatch):
     assert first < Zoo.open(tmp_path, task.structure).seconds < grown.seconds
 
 
+def test_a_zoo_that_is_complete_is_not_written_to(task, tmp_path):
+    """It may lie where nothing can be."""
+
+    def written() -> dict[str, int]:
+        return {str(place): place.stat().st_mtime_ns for place in (tmp_path, *tmp_path.iterdir())}
+
+    gather(task, tmp_path)
+    before = written()
+    gather(task, tmp_path)
+    assert written() == before
+
+
 def test_other_settings_are_refused(task, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ZooError, match="file is a file, where a zoo's folder is expected; mend zoo.path"):
+        gather(task, tmp_path / "file")
+    (tmp_path / "file").unlink()
     gather(task, tmp_path)
     with pytest.raises(ZooError, match="seed 0, this run asks for 1"):
         gather(task, tmp_path, seed=1)

@@ -1,23 +1,33 @@
 """Zoos in memory: the same networks as stored ones, and the right ones at every step of a stream."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from data_gen import memory
 from data_gen.collect import collect, train_population
 from data_gen.memory import Stream, collect_in_memory
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ConfigError, TaskError, ZooError
-from Gpt.tasks import TASK_METADATA, check_entry
+from Gpt.tasks import TASK_METADATA, Task, check_entry
 
 SETTINGS = {"runs": 7, "snapshots": 3, "seed": 1, "population": 3}
 
 
-@pytest.fixture(scope="module")
-def task():
+def small_task() -> Task:
     task = check_entry("digits_loss", TASK_METADATA["digits_loss"])
     return replace(task, recipe=replace(task.recipe, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return small_task()
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +74,64 @@ def test_exploded_runs_are_dropped_and_counted(task, fresh):
     assert 0 < len(zoo.dropped) == 7 - len(kept)
     assert torch.equal(everything(zoo), everything(fresh)[kept])
     assert zoo.run_ids.tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_train_a_part_each_and_have_the_whole(task, fresh, tmp_path, outputs_of, dtype):
+    """To the bit what one process makes, less the same exploded runs, and as it is kept fresh."""
+    bound = everything(fresh).abs().flatten(1).amax(1).sort().values[-3:-1].mean().item()
+    environment = os.environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    calls = [[sys.executable, __file__, str(tmp_path), str(i), dtype, str(bound)] for i in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    children = [subprocess.Popen(call, env=environment, **pipes) for call in calls]
+    outputs = outputs_of(children, 200)
+    assert [c.returncode for c in children] == [0, 0], outputs
+    first, second = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
+    alone = collect_in_memory(task, **SETTINGS, dtype=dtype, max_weight=bound, progress=False)
+    assert first.pop("trained") == [0, 1, 2, 6] and second.pop("trained") == [3, 4, 5]
+    assert first["seconds"] == second["seconds"] > 0
+    new = int(alone.run_ids.max()) + 1
+    assert (first["streamed"], second["streamed"]) == ([new, new + 2, new + 4], [new + 1, new + 3, new + 5])
+    keep_fresh(alone, tmp_path / "alone")
+    files = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("alone", "former"))
+    assert next(files) == next(files)
+    for found in (first, second):
+        assert torch.equal(found["weights"], everything(alone)) and found["run_ids"] == alone.run_ids.tolist()
+        assert list(found["dropped"].items()) == list(alone.dropped.items()) and found["dropped"]
+        assert found["metrics"].keys() == alone.metrics.keys()
+        assert all(torch.equal(found["metrics"][name], values) for name, values in alone.metrics.items())
+
+
+def keep_fresh(zoo: Zoo, folder: Path) -> None:
+    """Five populations of one run each."""
+
+    def train(run_ids: list[int]) -> memory.Trained:
+        return memory.train_population(small_task(), run_ids, SETTINGS["seed"], zoo.iterations, "cpu")
+
+    stream = Stream(zoo, train, 10, 1, folder)
+    for step in (0, 10, 45, 50):
+        stream(step)
+
+
+def _collect_with_others(folder: Path, number: int, dtype: str, bound: float) -> None:
+    """One of two processes: what it trained, and the zoo that it has."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=2)
+    trained, train = [], memory.train_population
+
+    def counting(task, run_ids, *args, **options):
+        trained.extend(run_ids)
+        return train(task, run_ids, *args, **options)
+
+    memory.train_population = counting
+    zoo = collect_in_memory(small_task(), **SETTINGS, dtype=dtype, max_weight=bound, progress=False)
+    collected = len(trained)
+    keep_fresh(zoo, folder / "former")
+    found = {"weights": everything(zoo), "metrics": zoo.metrics, "run_ids": zoo.run_ids.tolist()}
+    found |= {"dropped": zoo.dropped, "seconds": zoo.seconds}
+    found |= {"trained": trained[:collected], "streamed": trained[collected:]}
+    torch.save(found, folder / f"{number}.pt")
+    dist.destroy_process_group()
 
 
 def test_a_stream_replaces_the_oldest_training_runs_and_nothing_else(task, stream_of):
@@ -144,3 +212,8 @@ def test_what_does_not_fit_is_named(task, fresh, stream_of, tmp_path):
     stored = Zoo.open(tmp_path / "zoo", task.structure, storage="disk")
     with pytest.raises(ZooError, match="in memory only"):
         stored.replace(torch.tensor([0]), torch.tensor([9]), torch.zeros(1, 2, task.structure.size), {})
+
+
+if __name__ == "__main__":
+    folder, number, dtype, bound = sys.argv[1:]
+    _collect_with_others(Path(folder), int(number), dtype, float(bound))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,32 @@ if place == "training":
     main.train = fifth_step
 if place == "evaluation":
     main.judge = lambda *_: wait()
+main.main()
+"""
+
+
+# main.py in two processes, of which the first waits at one place until a file is there; the second goes on.
+LATE = """
+import sys, time
+from pathlib import Path
+import main
+from Gpt.distributed import primary
+from Gpt.run.experiment import Experiment
+
+def late(job):
+    def waiting(*args):
+        if primary():
+            print("waiting", flush=True)
+            while not Path("go on").exists():
+                time.sleep(0.1)
+        return job(*args)
+    return waiting
+
+place, main.save_figures = sys.argv.pop(1), lambda *_: {}
+if place == "training":
+    Experiment.fit = late(Experiment.fit)
+else:
+    main.judge = late(main.judge)
 main.main()
 """
 
@@ -96,12 +123,13 @@ def test_a_killed_run_continues_with_the_same_command(here, killed, run):
     assert_same_run(folder, finished)
 
 
-def test_a_killed_run_is_judged_as_having_taken_what_it_took(killed, monkeypatch, run):
+def test_a_killed_run_is_judged_as_having_taken_what_it_took(killed, monkeypatch, run, capsys):
     spent = []
     monkeypatch.setattr(main, "judge", lambda experiment, summary: spent.append(summary))
     run("run.name=killed", "test_only=true")
     stored = json.loads((killed / "checkpoints" / "step-00000002" / "facts.json").read_text())["state"]
     assert (spent[0]["step"], spent[0]["training_seconds"]) == (2, stored["seconds"])
+    assert "not trained to the end: step 2 of 6\n" in capsys.readouterr().out
     assert stored["seconds"] > 0 and spent[0]["zoo_seconds"] > 0
 
 
@@ -159,6 +187,29 @@ def test_sigterm_elsewhere_ends_as_ctrl_c_does(here, tiny, place):
         assert "Interrupted. The same command continues" in (said := child.stderr.read()) and "Traceback" not in said
     if place == "zoo":
         assert finished_shards(here / "fresh") == [0] and not list((here / "fresh").glob("*.lock"))
+
+
+@pytest.mark.parametrize(("place", "step"), [("training", 2), ("evaluation", 6)])
+def test_two_processes_that_are_told_between_two_parts_end_together(here, tiny, place, step):
+    """The first before the part, the second in it, waiting for the first: both end where they meet."""
+    (here / "late.py").write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    call = [*launcher, "late.py", place, *tiny, "run.name=told", "trainer.slices=2"]
+    pipes = {name: subprocess.PIPE for name in ("stdout", "stderr")}
+    child = subprocess.Popen(call, cwd=here, env=environment(), text=True, **pipes)
+    try:
+        assert any(line == "waiting\n" for line in child.stdout)
+        time.sleep(3)  # the second is in its part
+        child.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        (here / "go on").touch()
+        _, said = child.communicate(timeout=25)  # torchrun kills them after 30 seconds
+    finally:
+        child.kill()
+        child.communicate()
+    assert said.count("The same command continues") == 1, said
+    assert "Connection closed" not in said and "RuntimeError" not in said, said
+    assert CheckpointFolder(here / "runs" / "told" / "checkpoints", {}).latest_step() == step
 
 
 def test_a_zoo_that_changed_is_judged_alike_in_every_session(here, unmeasured, monkeypatch, run):

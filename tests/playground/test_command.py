@@ -1,5 +1,6 @@
 """The command playground.py: its arguments, and the run that they mean."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from small_runs import TINY, experiment
 
 import playground
 from Gpt.errors import ConfigError
-from Gpt.run.folder import create_folder
+from Gpt.run.folder import create_folder, stored_config
 from playground import PlaygroundConfig, split_arguments
 
 ROOT = Path(playground.__file__).parent
@@ -63,10 +64,53 @@ def test_the_command_itself(here):
 def test_a_run_is_played_with_the_settings_it_was_trained_with(here):
     create_folder(experiment(*TINY, "seed=7").config, Path("runs/tiny"))
     plain = experiment("run.name=tiny", "data.root=elsewhere")
-    found = playground.run_of(plain.config, "digits_loss", []).config
+    found = playground.run_of(plain.config, "digits_loss", ["run.name=tiny", "data.root=elsewhere"]).config
     assert (found.seed, found.generator["width"], found.data.root) == (7, 32, "elsewhere")
-    assert playground.run_of(plain.config, "digits_loss", ["trainer=gpu"]).config is plain.config
     assert playground.run_of(experiment().config, "digits_loss", []).config == experiment().config  # no such run
+
+
+TRAINED = ("seed=7", "data.root=there", "condition.encoder=there/encoder", "zoo.recipe={epochs: 2}", "logger=disabled")
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("evaluation.max_batch=3", "evaluation.max_batch", 3),
+        ("condition.encoder=here/encoder", "condition.encoder", "here/encoder"),  # it is told no sentences
+        ("zoo.path=${run.root}/zoo", "zoo.path", "runs/zoo"),
+        ("zoo={path: zoo, storage: disk}", "zoo.storage", "disk"),
+        ("logger=tensorboard", "logger.backend", "tensorboard"),
+        ("task_modules=[moved.py]", "task_modules", ("moved.py",)),
+        ("trainer.steps=4000", "trainer.steps", 4000),  # as it was
+        ("~zoo.path", "zoo.path", None),
+    ],
+)
+def test_settings_of_the_command_line_go_on_top_of_those(here, setting, key, value):
+    create_folder(experiment(*TINY, *TRAINED, "trainer.steps=4000").config, Path("runs/tiny"))
+    composed = experiment("run.name=tiny", *([] if setting[0] == "~" else [setting])).config
+    chosen = playground.run_of(composed, "digits_loss", ["run.name=tiny", setting]).config
+    found = dataclasses.asdict(chosen)
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    stored = stored_config(Path("runs/tiny"))
+    section = key.split(".")[0]
+    assert dataclasses.replace(chosen, device="cpu", **{section: getattr(stored, section)}) == stored
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("seed=8", "seed was 7, now 8"),
+        ("zoo.recipe={epochs: 5}", "zoo.recipe.epochs was 2, now 5"),
+        ("generator.width=64", "generator.width was 32, now 64"),
+        ("trainer=gpu", "trainer.batch_size was 256, now 2048"),
+    ],
+)
+def test_a_setting_that_the_weights_were_not_trained_with_is_refused_by_name(here, setting, told):
+    create_folder(experiment(*TINY, *TRAINED).config, Path("runs/tiny"))
+    with pytest.raises(ConfigError, match=f"runs/tiny was trained with other settings .*{told}.*Leave them out"):
+        playground.run_of(experiment("run.name=tiny", setting).config, "digits_loss", ["run.name=tiny", setting])
 
 
 def test_the_command_explains_itself(monkeypatch, capsys):

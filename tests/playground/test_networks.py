@@ -10,6 +10,7 @@ from small_runs import EVEN, MASKED, SHORT, TINY, experiment, store_rpg
 
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.prompting import Starts
+from Gpt.run.folder import create_folder
 from Gpt.run.trained import TrainedRun, Wish
 from playground import PlaygroundConfig, play
 
@@ -127,7 +128,14 @@ def test_a_run_without_a_generator_is_told_how_to_train_one(here):
     command = r"python main\.py --config-name digits_loss run\.name=other"
     with pytest.raises(CheckpointError, match=rf"no trained generator in runs/other; .*{command}"):
         play(experiment(*TINY, "run.name=other"), PlaygroundConfig())
+    elsewhere = command.replace("run", r"run\.root=there run")
+    with pytest.raises(CheckpointError, match=rf"no trained generator in there/other; .*{elsewhere}"):
+        play(experiment(*TINY, "run.name=other", "run.root=there"), PlaygroundConfig())
     assert not Path("runs/other").exists()
+    begun = experiment(*TINY, "run.name=begun")
+    create_folder(begun.config, begun.folder)
+    with pytest.raises(CheckpointError, match="runs/begun has no checkpoint yet; the command that began it"):
+        play(begun, PlaygroundConfig())
 
 
 def test_a_generator_from_noise_that_is_told_a_metric_starts_nowhere(tmp_path, monkeypatch):

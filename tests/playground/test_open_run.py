@@ -113,6 +113,12 @@ def test_what_is_no_trained_run_is_refused(here, tmp_path):
     create_folder(begun.config, begun.folder)
     with pytest.raises(CheckpointError, match="runs/begun has no checkpoint yet"):
         open_run(begun.folder)
+    settings = (begun.folder / "config.yaml").read_text()
+    for damaged in ("", settings[:30], "task: [", "\x00", "- task"):
+        (begun.folder / "config.yaml").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"begun/config\.yaml is damaged .*resume=never"):
+            open_run(begun.folder)
+    (begun.folder / "config.yaml").write_text(settings)
     store_generator(begun)
     run = open_run(begun.folder, device="cpu")
     with pytest.raises(ConfigError, match="count=0"):

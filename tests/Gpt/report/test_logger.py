@@ -119,6 +119,9 @@ def test_the_fan_out_hands_everything_to_everyone(tmp_path, synthetic_results):
         def log(self, *args):
             self.calls.append(("log", *args))
 
+        def flush(self):
+            self.calls.append(("flush",))
+
         def figure(self, *args):
             self.calls.append(("figure", *args))
 
@@ -131,11 +134,12 @@ def test_the_fan_out_hands_everything_to_everyone(tmp_path, synthetic_results):
     first, second = Recorder(), Recorder()
     both = Loggers([first, second])
     both.log({"a": 1.0}, 3)
+    both.flush()
     both.figure("f", tmp_path)
     both.results(synthetic_results)
     both.finish()
-    expected = [("log", {"a": 1.0}, 3), ("figure", "f", tmp_path), ("results", synthetic_results), ("finish",)]
-    assert first.calls == second.calls == expected
+    told = [("log", {"a": 1.0}, 3), ("flush",), ("figure", "f", tmp_path), ("results", synthetic_results), ("finish",)]
+    assert first.calls == second.calls == told
 
 
 def test_one_that_cannot_finish_does_not_keep_the_others_from_it(tmp_path):

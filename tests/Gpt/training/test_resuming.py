@@ -102,3 +102,12 @@ def test_sigkill_in_the_middle_of_a_checkpoint(tmp_path, unbroken):
     run(tmp_path)
     assert_same(contents(tmp_path), contents(unbroken))
     assert not list((tmp_path / "checkpoints").glob("*.tmp*"))
+
+
+def test_what_was_logged_is_on_the_disk_before_the_checkpoint_that_goes_on_after_it(tmp_path, disk):
+    run(tmp_path)
+    lines, used = tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "latest.json"
+    uses = [i for i, event in enumerate(disk.events) if event == ("named", used)]
+    flushes = [i for i, event in enumerate(disk.events) if event == ("flushed", lines)][1:]  # of the empty file
+    assert len(uses) == len(flushes) == 3
+    assert all(flushed < use for flushed, use in zip(flushes, uses, strict=True))

@@ -7,6 +7,7 @@ themselves a signal in that step.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from Gpt import checkpoint
+from Gpt import distributed, files
 from Gpt.checkpoint import CheckpointFolder
 from Gpt.generator import Batch, Generator
 from Gpt.interruption import Interrupted, handled, held_back
@@ -97,7 +98,7 @@ def run(
     logger = Loggers([JsonlLogger(folder, checkpoints.latest_step())] if rank == 0 else [])
     device = torch.device("cpu")
     try:
-        with held_back() as signalled:
+        with held_back(tells=distributed.primary()) as signalled:
             state = train(
                 generator, draw, draw, score, config, checkpoints, logger, device, 0, before_step, signalled
             )  # fmt: skip
@@ -143,7 +144,7 @@ class Killer:
     def __init__(self, monkeypatch, n: int):
         self.left = n
         for place, name in (
-            (checkpoint, "save_file"), (checkpoint.os, "replace"), (Path, "rename"), (checkpoint.shutil, "rmtree"),
+            (files, "save_file"), (os, "replace"), (Path, "rename"), (shutil, "rmtree"),
         ):  # fmt: skip
             monkeypatch.setattr(place, name, self.wrapped(getattr(place, name), name))
 
@@ -173,15 +174,15 @@ def subprocess_of(*arguments: object) -> subprocess.Popen:
 
 def _kill_while_saving(step: int) -> None:
     """From now on, writing the averaged weights of that step ends in SIGKILL, half-way through the file."""
-    save = checkpoint.save_file
+    save = files.save_file
 
-    def killing(tensors, file):
-        save(tensors, file)
-        if file.name == "ema.safetensors" and file.parent.name.startswith(f"step-{step:08d}"):
+    def killing(tensors, file, metadata):
+        save(tensors, file, metadata)
+        if file.name.startswith(".ema.") and file.parent.name.startswith(f"step-{step:08d}"):
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = killing
+    files.save_file = killing
 
 
 def _script(folder: Path, mode: str, *numbers: str) -> None:
