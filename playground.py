@@ -48,7 +48,7 @@ from Gpt.files import save_tensors, write_json
 from Gpt.generator import Generator
 from Gpt.report.text import networks_table
 from Gpt.report.walk import first_layer_filters, slerp_loop, walk_gif
-from Gpt.run.command_line import guard, launch, overlaid
+from Gpt.run.command_line import DEFAULT, guard, launch, overlaid
 from Gpt.run.experiment import Experiment
 from Gpt.run.folder import check_unchanged, stored_config
 from Gpt.run.trained import COUNT, TrainedRun, Wish, bits, moved
@@ -239,12 +239,18 @@ def run_of(config: RunConfig, name: str, settings: list[str]) -> Experiment:
     """The run with the settings that it was trained with, and those of the command line on top.
 
     Raises:
-        ConfigError: one of these is another than what the weights were trained with; names it.
+        ConfigError: one of these is another than what the weights were trained with, or the named configuration is
+            about another task; names it.
     """
     given = Experiment(config, name)
     stored = stored_config(given.folder)
     if stored is None:
         return given
+    if name != DEFAULT and config.task != stored.task:
+        raise ConfigError(
+            f"--config-name {name} is about task {config.task!r}, the run in {given.folder} about {stored.task!r}; "
+            "leave --config-name out, or name another run: run.name=NAME"
+        )
     stored = moved(stored, given.folder, config.device, config.data.root)
     chosen = overlaid(stored, config, settings)
     check_unchanged(stored, chosen, given.folder)

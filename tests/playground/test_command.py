@@ -67,6 +67,9 @@ def test_a_run_is_played_with_the_settings_it_was_trained_with(here):
     found = playground.run_of(plain.config, "digits_loss", ["run.name=tiny", "data.root=elsewhere"]).config
     assert (found.seed, found.generator["width"], found.data.root) == (7, 32, "elsewhere")
     assert playground.run_of(experiment().config, "digits_loss", []).config == experiment().config  # no such run
+    other = experiment("run.name=tiny", name="cartpole_small").config
+    with pytest.raises(ConfigError, match="cartpole_small is about task 'cartpole.*about 'digits_loss'; leave"):
+        playground.run_of(other, "cartpole_small", ["run.name=tiny"])
 
 
 TRAINED = ("seed=7", "data.root=there", "condition.encoder=there/encoder", "zoo.recipe={epochs: 2}", "logger=disabled")
