@@ -29,11 +29,17 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch) -> Disk:
-    found, fsync, rename, replace = Disk(), os.fsync, os.rename, os.replace
+    found, open_file, fsync, rename, replace = Disk(), os.open, os.fsync, os.rename, os.replace
+    opened: dict[int, Path] = {}
+
+    def opening(path, *arguments, **options):
+        descriptor = open_file(path, *arguments, **options)
+        opened[descriptor] = Path(path)
+        return descriptor
 
     def flushing(descriptor):
         fsync(descriptor)
-        found.events.append(("flushed", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        found.events.append(("flushed", opened[descriptor]))
 
     def renaming(old, new):
         rename(old, new)
@@ -43,6 +49,7 @@ def disk(monkeypatch) -> Disk:
         replace(old, new)
         found.renamed(Path(old), Path(new))
 
+    monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "fsync", flushing)
     monkeypatch.setattr(os, "rename", renaming)
     monkeypatch.setattr(os, "replace", replacing)
