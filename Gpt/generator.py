@@ -73,7 +73,6 @@ class Generator(nn.Module):
             where they do the same device work at every call.
         reads_prompt_sets: whether prompt["text"] are sets of prompts `[B, N, L, features]`, rather than one `[B,
             features]` each.
-        needs_answers: whether `loss` reads the examples of adapters' tasks, see `Gpt.data.adapter_batches`.
         translates: whether prompts are put into the library's words before they are read (`Gpt.adapters.phrases`).
         conditions: the `Gpt.conditions.Conditions` that embed a prompt, and say how often it was left out for
             guidance; None where a subclass has its own way.
@@ -90,10 +89,6 @@ class Generator(nn.Module):
     graphs: bool = False
     reads_prompt_sets: bool = False
     translates: bool = False
-
-    @property
-    def needs_answers(self) -> bool:
-        return False
 
     def __init__(self, structure: Structure, objective: Objective, sampler: str, steps: int):
         super().__init__()
@@ -113,6 +108,11 @@ class Generator(nn.Module):
     def smooth_sampler(self) -> str:
         """The sampler that networks are a smooth function of the noise with; used where the noise is given."""
         return "ddim" if self.sampler == "ddpm" else self.sampler
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether `loss` reads the examples of adapters' tasks, see `Gpt.data.adapter_batches`."""
+        return False
 
     def fit(self, batch: Batch) -> None:
         """Read scales off a sample of training examples, once, before training."""

@@ -172,7 +172,7 @@ class PromptJudge(Judge):
         attainable = self.wishes(held_out, self.attained)
         training = self.starts("train", config.networks)
         recursive = []
-        if self.generator.needs_start:
+        if self.generator.needs_start and updates:
             name = f"{updates} updates, attainable"
             achieved = prompting.achieved_recursively(self.writer, task, held_out, attainable, updates, name)
             recursive = [prompting.prompt_curve(name, "generator", attainable, achieved, config.seed)]

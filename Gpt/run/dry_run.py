@@ -162,13 +162,18 @@ class Rehearsal(Experiment):
         zoo = dataclasses.replace(self.config.zoo, runs=runs, storage="disk", **changes)  # type: ignore[arg-type]
         return Experiment(dataclasses.replace(self.config, zoo=zoo), self.name)
 
+    @property
+    def _library(self) -> str | None:
+        """The folder of adapters that are imported, if the task is about such."""
+        return self.task.checkpoints if isinstance(self.task.family, AdapterFamily) else None
+
     @cached_property
     def _tiny(self) -> Trained:
         """A few snapshots of the first training runs, of fresh networks where the task cannot be trained; the first
         adapters of a library."""
         snapshots, settings, first = min(SNAPSHOTS, self.config.zoo.snapshots), self.config.zoo, sum(self.held_out)
-        if self.task.checkpoints and isinstance(self.task.family, AdapterFamily):
-            _, members, weights = read_library(self.task.checkpoints, self.task)
+        if self._library:
+            _, members, weights = read_library(self._library, self.task)
             rows = first + torch.arange(RUNS) % (len(weights) - first)
             columns = library_columns(self.task, weights[rows], members[rows], self.device)
             return weights[rows, None].to(self.device), {name: values[:, None] for name, values in columns.items()}
@@ -297,8 +302,7 @@ def _networks_at_hand(run: Rehearsal) -> str:
     reached = f"{name} {zoo.column(name)[:, -1].mean():.4g}"
     if run.is_complete:
         return f"{zoo.runs:,} stored runs, {reached} at their end"
-    library = run.task.checkpoints and isinstance(run.task.family, AdapterFamily)
-    verb = "trained for a moment" if run.iterations else "of the library" if library else "made afresh"
+    verb = "trained for a moment" if run.iterations else "of the library" if run._library else "made afresh"
     return f"{RUNS} runs x {zoo.snapshots} snapshots {verb}, {reached}"
 
 
