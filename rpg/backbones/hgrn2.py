@@ -14,6 +14,7 @@ from rpg.backbones.layers import RMSNorm, scan_dtype
 from rpg.backbones.scans import gated_linear_attention
 
 KERNEL = "fla.ops.gla.chunk_gla"
+KERNEL_CHANNELS = 16  # a head's channels at least: smaller matrices than tensor cores multiply, it fails to compile
 
 
 class HGRN2(Mixer):
@@ -68,7 +69,8 @@ class HGRN2(Mixer):
     ) -> tuple[Float[Tensor, "batch length heads key"], Float[Tensor, "batch heads key key"]]:
         wide = scan_dtype(f.dtype)
         k, log_decay = self._gate(f.to(wide))
-        if q.is_cuda and kernels.supports(q.dtype) and (kernel := kernels.load(KERNEL)):
+        supported = q.is_cuda and kernels.supports(q.dtype) and self.expand_ratio >= KERNEL_CHANNELS
+        if supported and (kernel := kernels.load(KERNEL)):
             return kernel(q, k.to(q.dtype), i, log_decay, scale=1.0, initial_state=memory, output_final_state=True)
         return gated_linear_attention(q.to(wide), k, i.to(wide), log_decay, memory)
 

@@ -13,7 +13,7 @@ from rpg.backbones import BACKBONES, build_backbone, kernels
 WIDTH = 32
 SMALL = {
     "mamba2": {"d_state": 16, "headdim": 16, "ngroups": 2},
-    "hgrn2": {"expand_ratio": 8},
+    "hgrn2": {"expand_ratio": 16},
     "transformer": {"heads": 4},
 }
 RECURRENT = [name for name, mixer in BACKBONES.items() if mixer.sequential]

@@ -153,5 +153,14 @@ def test_double_precision_is_left_to_pytorch(monkeypatch):
     assert not kernels.supports(torch.float64) and kernels.supports(torch.bfloat16)
 
 
+@pytest.mark.parametrize(("channels", "used"), [(8, False), (16, True)])
+def test_heads_too_small_for_the_kernel_are_left_to_pytorch(monkeypatch, channels, used):
+    calls = []
+    install(monkeypatch, PATHS["hgrn2"], lambda *a, **k: calls.append(k) or chunk_gla(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    build("hgrn2", expand_ratio=channels, depth=1)(noise(2, 5, 32))
+    assert len(calls) == used
+
+
 def test_chunk_holds_whole_blocks():
     assert scans.CHUNK % scans.BLOCK == 0
