@@ -12,7 +12,8 @@ An entry is a plain dict. Required keys, with G.pt's names and meanings:
 Optional keys:
 
     aug_fn              G.pt's permutation walk, see `Gpt.data.augmentation`
-    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` does, in words
+    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` does, in words. Without
+                        either it is read off the network's computation, see `Gpt.symmetry`; {} to do without
     metric              what the test function returns: "loss", "error" or "return"; names columns (default:
                         what a function of `Gpt.scoring` returns, of others "metric")
     batched             True when task_test_fn also accepts a `Population` and then returns one number per network
@@ -37,6 +38,7 @@ own, or from packages that declare the entry-point group `gpt_weights.tasks`.
 
 import copy
 import importlib.util
+import logging
 import math
 import sys
 import traceback
@@ -61,6 +63,9 @@ from Gpt.recipes import AdapterRecipe, Recipe
 from Gpt.scoring import metric_of
 from Gpt.seeds import own_random_state
 from Gpt.structure import Structure
+from Gpt.symmetry import hidden_units
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("loss", "error", "return", "distance", "metric")
 
@@ -107,7 +112,28 @@ class Task:
 
     @cached_property
     def structure(self) -> Structure:
-        return Structure.of(self.template, self.symmetry)
+        """The architecture, with the symmetry that the entry names or, where it says nothing, that the network has."""
+        plain = Structure.of(self.template, self.symmetry)
+        if self.symmetry is not None or self.aug_fn is not None or isinstance(self.family, AdapterFamily):
+            return plain
+        call = self._first_call()
+        return plain if call is None else Structure.of(self.template, hidden_units(self.template, plain, *call.args))
+
+    def _first_call(self) -> "_Called | None":
+        """How the test function calls the network, which it does not get to, or None if it fails or never does."""
+        net = copy.deepcopy(self.template)
+
+        def stop(_: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> None:
+            raise _Called(inputs, keywords)
+
+        net.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.task_test_fn(*self.data("validation"), net)
+        except _Called as call:
+            return call
+        except Exception as error:  # `verify` says more of it; zoos are imported without a task's data, too
+            logger.info("task %s: which hidden units may be renamed is not known: %s", self.name, error)
+        return None
 
     @property
     def zoo_name(self) -> str:
@@ -241,8 +267,12 @@ class Task:
             raise TaskError(
                 f"task {self.name!r}: key {key!r} renames hidden units in a way that changes the network: it "
                 f"measured {value:.6g} before and {found:.6g} after; every axis of a hidden layer has to be named: "
-                "its weight's and bias's first axis, the next weight's second axis"
+                "its weight's and bias's first axis, the next weight's second axis; {} names none"
             )
+
+
+class _Called(BaseException):
+    """A network was called, with these inputs and keywords; no test function takes it for an error of its own."""
 
 
 def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
@@ -275,7 +305,7 @@ def check_entry(name: str, entry: Mapping[str, Any]) -> Task:
             "them; add the key 'checkpoints', a folder of adapters, or prepare the prompts with answers"
         )
     try:
-        task.structure  # noqa: B018 - evaluated for its checks
+        Structure.of(task.template, task.symmetry)
     except StructureError as error:
         raise TaskError(f"task {name!r}: symmetry: {error}") from error
     return task

@@ -76,7 +76,7 @@ def _cifar10(
         "minimize": True,
         "best_prompt": 0.0,
         "recursive_prompt": 0.0,
-        "symmetry": None if large else Cnn.symmetry,
+        "symmetry": None if large else Cnn.symmetry,  # the large ones' is read off them
         "metric": "error",
         "batched": not large,
         "recipe": recipe,

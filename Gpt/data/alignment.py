@@ -121,9 +121,14 @@ class _Matching:
             for axis in _axes(t, group):
                 left, right = (_units(side[t.name], axis, count) for side in (self.reference, self.current))
                 products.append(left @ right.mT)
-        matrices = torch.stack(products).sum(0).nan_to_num().cpu().numpy()
-        columns = [torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1]) for matrix in matrices]
-        return torch.stack(columns).to(products[0].device)
+        matrices = torch.stack(products).sum(0).nan_to_num()
+        best = matrices.argmax(dim=2)
+        # Where no two units have the same favourite, nothing is better; snapshots of one training are like that.
+        rivals = (best.sort(dim=1).values != torch.arange(count, device=best.device)).any(dim=1)
+        for row in rivals.nonzero().flatten().tolist():
+            assigned = linear_sum_assignment(matrices[row].cpu().numpy(), maximize=True)[1]
+            best[row] = torch.from_numpy(assigned).to(best.device)
+        return best
 
     def permuted(self, group: str, assignment: Int[Tensor, "R n"]) -> "_Matching":
         """Put current unit `assignment[r, i]` in place i of network r."""

@@ -218,9 +218,10 @@ def _tracker(run: Rehearsal) -> str:
 
 def _task(run: Rehearsal) -> str:
     structure = run.task.structure
-    return f"{run.task.name}: {structure.size:,} weights in {len(structure.tensors)} tensors, prompted with " + (
-        ", ".join(run.config.condition.names) or "nothing"
-    )
+    size = f"{structure.size:,} weights in {len(structure.tensors)} tensors"
+    units = f"{sum(structure.groups.values()):,} hidden units in {len(structure.groups)} groups"
+    prompts = ", ".join(run.config.condition.names) or "nothing"
+    return f"{run.task.name}: {size}, {units if structure.groups else 'no hidden units known'}, prompted with {prompts}"
 
 
 def _data(run: Rehearsal) -> str:

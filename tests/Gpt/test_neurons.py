@@ -40,7 +40,7 @@ def test_group_names_are_free():
 
 
 def test_what_is_no_graph_is_refused():
-    with pytest.raises(StructureError, match="`symmetry` key"):
+    with pytest.raises(StructureError, match="hidden units that may be renamed.* `symmetry`"):
         NeuronGraph(Structure.of(MLP(2, 3, 2)))
     cube = Structure.of({"core": torch.empty(2, 3, 4)}, {"core": ("a", "b", "c")})
     with pytest.raises(StructureError, match="'core' joins three hidden layers, \\['a', 'b', 'c'\\]"):

@@ -54,8 +54,40 @@ def test_the_required_keys_are_enough():
     task = check_entry("regression", ENTRY).verify()
     assert (task.metric, task.batched, task.zoo_name) == ("metric", False, "regression")
     assert task.structure.size == 4 * 3 + 3 + 3 + 1
+    assert task.structure.groups == {"fc1": 3}
     assert torch.equal(task.score(task.template, "test"), regression(*data(0), task.template))
     assert torch.equal(task.data("validation")[0], task.data("test")[0])
+
+
+def norm_of_weights(x, y, net):
+    return sum(p.square().sum() for p in net.parameters())
+
+
+def with_keywords(x, y, net):
+    return (net(scale=2.0, x=x).squeeze(-1) - y).square().mean()
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = MLP(4, 3, 1)
+
+    def forward(self, x, scale):
+        return scale * self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        ({"symmetry": {}}, {}),
+        ({"aug_fn": forgetful_walk}, {}),
+        ({"task_test_fn": norm_of_weights}, {}),  # never calls the network
+        ({"task_test_fn": lambda x, y, net: net(x.tolist())}, {}),  # fails in it, which `verify` says
+        ({"constructor": Scaled, "task_test_fn": with_keywords}, {"net.fc1": 3}),
+    ],
+)
+def test_hidden_units_are_read_off_how_the_test_function_calls_the_network(change, groups):
+    assert check_entry("mine", ENTRY | change).structure.groups == groups
 
 
 def test_the_template_does_not_depend_on_earlier_draws():
