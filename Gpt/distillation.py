@@ -24,7 +24,9 @@ from Gpt.generator import Batch, Distillation
 from Gpt.masks import label_map
 from Gpt.population.functional import prepared
 from Gpt.population.shared_inputs import with_shared_inputs
+from Gpt.population.statistics import with_differentiable_statistics
 from Gpt.recipes import SupervisedRecipe
+from Gpt.scoring import classification_error, classification_loss
 from Gpt.tasks import Task
 
 
@@ -57,7 +59,7 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
     @cache
     def network(device: torch.device) -> torch.nn.Module:
         example = behaviour.examples(1, torch.Generator(device))[0]
-        return prepared(with_shared_inputs(task.template), example)[0]
+        return prepared(with_differentiable_statistics(with_shared_inputs(task.template)), example)[0]
 
     def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
         net = network(estimate.device)
@@ -82,8 +84,8 @@ def _behaviour(task: Task, config: DistillationConfig) -> Behaviour:
     behaviour = task.behaviour or _predictions(task)
     if behaviour is None:
         raise ConfigError(
-            f"distillation.weight={config.weight:g} compares what networks do, and task {task.name!r} neither trains "
-            "classifiers nor has the key 'behaviour'; add it, or set distillation.weight=0"
+            f"distillation.weight={config.weight:g} compares what networks do, which task {task.name!r} does not say; "
+            "add its key 'behaviour' (of classifiers, 'train_data_fn' is enough), or set distillation.weight=0"
         )
     if config.loss_weight and behaviour.loss is None:
         raise ConfigError(
@@ -94,7 +96,8 @@ def _behaviour(task: Task, config: DistillationConfig) -> Behaviour:
 
 
 def _predictions(task: Task) -> Behaviour | None:
-    if not isinstance(task.recipe, SupervisedRecipe):
+    measured_as_such = task.task_test_fn in (classification_loss, classification_error)
+    if not isinstance(task.recipe, SupervisedRecipe) and not (measured_as_such and task.train_data_fn):
         return None
 
     def training_examples(count: int, rng: torch.Generator) -> tuple[Tensor, ...]:

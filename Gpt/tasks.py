@@ -25,7 +25,7 @@ Optional keys:
     zoo                 name of the zoo; tasks that share networks share a zoo (default: the task's name)
     correct_fn          (*data, net) -> bool [N] (or [P, N] for a Population): per-example correctness, for novelty
     behaviour           a `Gpt.behaviour.Behaviour`: what distillation compares networks by (default: the predictions
-                        of classifiers on training inputs)
+                        of classifiers, measured or trained as such, on training inputs)
     family              a `Gpt.masks.MaskSplit`: not one task but one for each class mask. task_test_fn and correct_fn
                         take the mask as last item of the data, (x, y, mask, net), Bool [classes], or [P, classes] with
                         a Population; run r of the zoo is trained on the mask `family.mask_of_runs` gives it.

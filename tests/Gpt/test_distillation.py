@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from Gpt import environments
 from Gpt.conditions import Conditions, prompt_features
@@ -13,7 +15,8 @@ from Gpt.errors import ConfigError
 from Gpt.generator import Batch
 from Gpt.models.gpt import Gpt, GptConfig
 from Gpt.population.functional import Population, stack_initial
-from Gpt.scoring import classification_loss
+from Gpt.population.statistics import with_differentiable_statistics
+from Gpt.scoring import classification_error, classification_loss
 from Gpt.seeds import rng
 from Gpt.tasks import get_task
 from rpg.generator import Rpg, RpgConfig
@@ -150,6 +153,48 @@ def test_networks_of_class_masks_have_the_losses_of_their_own_labels():
     torch.testing.assert_close(complement, loss)
     other = term(Batch(exchanged[:1], masks=mask[:1]), exchanged[1:], rng("cpu", 0))
     assert abs(other - loss) > 1e-3
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics_have_gradients(affine):
+    """Of networks with batch norm: those of central differences, in float64; the answers are PyTorch's."""
+    generator = rng("cpu", 0)
+    net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3, affine=affine), nn.ReLU(), nn.Flatten(), nn.Linear(9, 4))
+    net = net.double().eval()
+    net[1].running_var.uniform_(0.5, 2, generator=generator)
+    net[1].running_mean.normal_(generator=generator)
+    x = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
+    changed = with_differentiable_statistics(net)
+    assert net.state_dict().keys() == changed.state_dict().keys()
+    torch.testing.assert_close(changed(x), net(x))
+
+    def answers(mean, var):
+        return functional_call(changed, {"1.running_mean": mean, "1.running_var": var}, (x,))
+
+    statistics = [value.clone().requires_grad_() for value in (net[1].running_mean, net[1].running_var)]
+    assert torch.autograd.gradcheck(answers, statistics)
+
+
+def test_networks_with_batch_norm_are_compared_by_what_they_do(task):
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 10))
+
+    normed = dataclasses.replace(task, constructor=network, symmetry=None)
+    target = stack_initial(network, normed.structure, [1, 2])
+    estimate = (1.1 * target + 0.1).requires_grad_()
+    term = distillation(normed, EVERY)(Batch(target), estimate, rng("cpu", 0))
+    (gradient,) = torch.autograd.grad(term, estimate)
+    for name, part in normed.structure.unflatten(gradient).items():
+        assert part.count_nonzero() > 0, name
+
+
+def test_checkpoints_of_classifiers_say_what_they_do(task, networks):
+    imported = dataclasses.replace(task, recipe=None, task_test_fn=classification_error)
+    terms = [distillation(t, EVERY)(Batch(networks[2:]), networks[:2], rng("cpu", 5)) for t in (task, imported)]
+    assert terms[0] == terms[1] > 0
+    untrained = dataclasses.replace(imported, train_data_fn=None)
+    with pytest.raises(ConfigError, match="'train_data_fn' is enough"):
+        distillation(untrained, EVERY)
 
 
 def test_losses_that_nobody_knows_are_refused():
