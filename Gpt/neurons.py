@@ -143,6 +143,7 @@ def _units_first(structure: Structure, tensor: TensorSpec) -> tuple[Int[Tensor, 
 
 
 _NO_UNITS = (
-    "neuron tokens need hidden units that may be renamed, and none of this network are known; name them (the task's key "
-    "`symmetry`), or choose a generator that does without (generator=gpt_paper_mnist, or generator=rpg generator.policy=within_layer)"
+    "neuron tokens need hidden units that may be renamed, and none of this network are known; name them (key "
+    "`symmetry`), or choose a generator that does without (generator=gpt_paper_mnist, or generator=rpg "
+    "generator.policy=within_layer)"
 )

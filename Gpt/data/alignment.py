@@ -5,7 +5,7 @@ assigned by the Hungarian algorithm while all others stay, until nothing improve
 (any network with one hidden layer) a single pass is exact; else the result is a local optimum.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ Tensors = dict[str, Float[Tensor, "R ..."]]
 MAX_SWEEPS = 30
 # Weights of one batch of pairs: keeps its few copies in tens of megabytes.
 PAIR_ELEMENTS = 2**22
+# Weights that are aligned at once: half a GiB, of which there are a few copies.
+ELEMENTS = 2**27
 
 
 def is_exact(structure: Structure) -> bool:
@@ -42,13 +44,25 @@ def align(
     Returns:
         The permuted networks, and the permutations as `Structure.permutation_index` takes them.
     """
+    pieces = zip(*(_pieces(networks, structure) for networks in (weights, reference.expand_as(weights))), strict=True)
+    parts = [_best_match(rows, references, structure) for rows, references in pieces]
+    permutations = {group: torch.cat([part.permutations[group] for part in parts]) for group in structure.groups}
+    return torch.cat([structure.flatten(part.current) for part in parts]), permutations
+
+
+def _pieces(networks: Float[Tensor, "R D"], structure: Structure) -> Sequence[Float[Tensor, "r D"]]:
+    """As many as are aligned at once."""
+    return networks.split(max(1, ELEMENTS // structure.size))
+
+
+def _best_match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "R D"], structure: Structure) -> "_Matching":
     matching = _match(weights, reference, structure)
-    if not is_exact(structure):
-        # A second start, the network as it is: aligning never makes things worse.
-        direct = _descend(_Matching.identity(weights, reference, structure))
-        better = direct.similarity(structure.tensors) > matching.similarity(structure.tensors)
-        matching = matching.where(better, direct)
-    return structure.flatten(matching.current), matching.permutations
+    if is_exact(structure):
+        return matching
+    # A second start, the network as it is: aligning never makes things worse.
+    direct = _descend(_Matching.identity(weights, reference, structure))
+    better = direct.similarity(structure.tensors) > matching.similarity(structure.tensors)
+    return matching.where(better, direct)
 
 
 def permutation_distance(
@@ -161,7 +175,8 @@ def _canonical(
     weights: Float[Tensor, "R D"], reference: Float[Tensor, " D"], structure: Structure
 ) -> Float[Tensor, "R D"]:
     """Aligned to the reference in a way that does not depend on the order of the units: copies stay copies."""
-    return structure.flatten(_match(weights, reference, structure).current)
+    matchings = (_match(rows, reference, structure) for rows in _pieces(weights, structure))
+    return torch.cat([structure.flatten(matching.current) for matching in matchings])
 
 
 def _match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"], structure: Structure) -> _Matching:

@@ -4,11 +4,9 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from Gpt.data.alignment import align
+from Gpt.data.alignment import ELEMENTS, align
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ZooError
-
-ALIGNED_AT_ONCE = 2**27  # weights: half a GiB, of which there are a few copies
 
 
 def split_by_snapshot(zoo: Zoo, test: int, validation: int) -> Zoo:
@@ -59,12 +57,14 @@ def align_runs(zoo: Zoo, test: int, validation: int) -> Zoo:
         ZooError: no hidden units of the architecture are known.
     """
     if not zoo.structure.groups:
-        raise ZooError("zoo.align: no hidden units of this network are known; name them (the task's key 'symmetry'), or drop zoo.align")
+        raise ZooError(
+            "zoo.align: no hidden units of this network are known; name them in the task's key 'symmetry', or drop it"
+        )
     last = zoo.snapshots - 1
     first = zoo.split("train")[:1]
     reference = zoo.read(first, torch.full_like(first, last))[0]
     parts = []
-    for rows in torch.arange(zoo.runs, device=zoo.device).split(max(1, ALIGNED_AT_ONCE // zoo.structure.size)):
+    for rows in torch.arange(zoo.runs, device=zoo.device).split(max(1, ELEMENTS // zoo.structure.size)):
         parts.append(align(zoo.read(rows, torch.full_like(rows, last)), reference, zoo.structure)[1])
     permutations = {group: torch.cat([part[group] for part in parts]) for group in zoo.structure.groups}
     return Zoo(

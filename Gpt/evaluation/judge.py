@@ -43,7 +43,7 @@ class EvaluationConfig:
         samples_per_prompt: networks written for each wish or mask; the best of several for a wish, by validation data,
             get a row.
         prompt_start_coeff: the prompt range ends at this share of the start's own metric (Peebles et al. 2022).
-        recursive_steps: updates of the recursive traces.
+        recursive_steps: updates of the recursive traces; 0 leaves them out, from unfamiliar starts too.
         optimiser_steps: longest run of the optimisers; equal time and equal FLOPs are cut there. Also the training of
             multi-task adapters.
         learning_rates, tuning_networks: grid and starting networks that an optimiser's learning rate is tuned on.

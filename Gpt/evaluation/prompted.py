@@ -193,7 +193,7 @@ class PromptJudge(Judge):
     def recursive(self, chosen: int) -> tuple[list[Trace], list[Row], dict[str, Float[Tensor, "n D"]]]:
         """Updates of updates, from held-out and from unfamiliar starts; nothing for a generator that needs no start.
         The networks, by name, are those of the held-out starts that were asked for the best metric attained."""
-        if not self.generator.needs_start:
+        if not self.generator.needs_start or not self.config.recursive_steps:
             return [], [], {}
         task, config = self.task, self.config
         plans = [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from Gpt.data import alignment
 from Gpt.data.alignment import align, is_exact, permutation_distance
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.population.functional import Population, stack_initial
@@ -135,6 +136,19 @@ def test_candidates_find_permuted_copies_and_bound_the_rest_from_above(name):
     assert torch.equal(quick.argmin(1), torch.tensor([5, 6, 7]))
     assert (quick.min(1).values == 0).all()
     assert (quick >= exact - 1e-4).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_how_many_are_aligned_at_once_changes_nothing(name, monkeypatch):
+    structure, weights = networks(CASES[name][0], 7)
+    mixed, references = shuffled(structure, weights), weights.flip(0)
+    for reference in (weights[0], references):
+        whole, permutations = align(mixed, reference, structure)
+        monkeypatch.setattr(alignment, "ELEMENTS", 3 * structure.size)
+        parts, same = align(mixed, reference, structure)
+        monkeypatch.undo()
+        assert torch.equal(parts, whole)
+        assert all(torch.equal(same[group], permutations[group]) for group in structure.groups)
 
 
 def test_without_groups_it_is_the_plain_distance_and_networks_stay():

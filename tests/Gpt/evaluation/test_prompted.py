@@ -67,6 +67,13 @@ def test_a_copying_generator_is_aligned_as_good_as_retrieval_and_found_out(resul
         assert copied.distance_ratio < 1e-5 and copied.copying_z < -2 and copied.novel_and_good == 0
 
 
+def test_without_recursive_steps_nothing_is_updated_twice(copying, task, zoo):
+    found = PromptJudge(copying, task, zoo, replace(SMALL, recursive_steps=0, optimiser_steps=2), "cpu").evaluate()
+    assert found.recursive == [] and {row.updates for row in found.table if row.kind == "generator"} == {1}
+    names = [item.name for item in (*found.table, *found.curves, *found.novelty)]
+    assert not [name for name in names if "updates" in name]
+
+
 def test_traces_and_optimisers_start_where_the_generator_does(results, zoo):
     start = zoo.metrics["test_loss"][:8, 0].mean().item()
     held_out = [trace for trace in results.recursive if "starts" not in trace.name]
