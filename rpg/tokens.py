@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from Gpt.data.normalization import RunningVariances
 from Gpt.errors import ConfigError, StructureError
 from Gpt.neurons import Graph, Joints, NeuronGraph, Tokens
 from Gpt.structure import Structure
@@ -29,8 +30,6 @@ from Gpt.tokens import Tokenization, split_sizes
 CUTS = ("flat", "within_layer", "by_channel")
 POLICIES = (*CUTS, "neuron", "aligned_neuron")
 CODES = ("layer_chunk", "index", "learned")
-
-VARIANCE_FLOOR = 0.05  # of a layer's typical variance: keeps the logarithm of a dead channel finite
 
 
 def token_sizes(structure: Structure, policy: str, token_size: int) -> list[int]:
@@ -170,8 +169,8 @@ def sinusoids(position: Int[Tensor, " n"] | Float[Tensor, " n"], width: int) -> 
 class Latents(nn.Module):
     """Weights `[B, D]` <-> latents of unit variance around a centre: (u - center) / spread.
 
-    u is the weight itself, or log(v / m + 0.05) for a running variance v in a layer of mean variance m / 0.95. Spreads
-    are per tensor. What never varies among the training networks is not generated: it has spread 0, latent 0, and is
+    u is the weight itself, or of a running variance the logarithm that `RunningVariances` makes of it. Spreads are per
+    tensor. What never varies among the training networks is not generated: it has spread 0, latent 0, and is
     written as it was, to the bit.
 
     Args:
@@ -188,20 +187,15 @@ class Latents(nn.Module):
     center: Float[Tensor, " D"]
     spread: Float[Tensor, " D"]
     anchor: Float[Tensor, " D"]
-    variances: Int[Tensor, " V"]
-    variance_scale: Float[Tensor, " V"]
 
     def __init__(self, structure: Structure, residual: bool = True, shared: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
         self.residual, self._shared = residual, shared
         self._slices = [spec.slice for spec in structure.tensors]
-        of_variances = [torch.arange(s.offset, s.slice.stop) for s in structure.tensors if s.kind == "running_var"]
-        variances = torch.cat(of_variances) if of_variances else torch.empty(0, dtype=torch.long)
+        self.variances = RunningVariances(structure)
         self.register_buffer("center", torch.zeros(structure.size))
         self.register_buffer("spread", torch.ones(structure.size))
         self.register_buffer("anchor", torch.zeros(structure.size))
-        self.register_buffer("variances", variances, persistent=False)
-        self.register_buffer("variance_scale", torch.ones(len(variances)))
 
     @torch.no_grad()
     def fit(self, weights: Float[Tensor, "n D"]) -> None:
@@ -212,11 +206,7 @@ class Latents(nn.Module):
         """
         if not weights.isfinite().all():
             raise StructureError("training networks hold NaN or infinite weights; leave such networks out of the zoo")
-        scale = torch.ones_like(self.spread)
-        for where in self._slices:
-            scale[where] = weights[:, where].double().mean()
-        self.variance_scale.copy_((1 - VARIANCE_FLOOR) * scale[self.variances])
-        self.variance_scale[self.variance_scale <= 0] = 1
+        self.variances.fit(weights)
         self.spread.fill_(1)
         values = self._log(weights)
         mean = values.mean(0, keepdim=True, dtype=torch.float64)
@@ -247,18 +237,10 @@ class Latents(nn.Module):
 
     def _log(self, weights: Tensor) -> Tensor:
         """Running variances that vary to their logarithms; all else stays."""
-        return self._map_variances(weights, lambda v, scale: (v / scale + VARIANCE_FLOOR).log())
+        return self.variances.log(weights, self.spread[self.variances.place] > 0)
 
     def _exp(self, values: Tensor) -> Tensor:
-        """Inverse of `_log`; a variance is never negative."""
-        return self._map_variances(values, lambda u, scale: (u.exp() - VARIANCE_FLOOR).clamp_min(0) * scale)
-
-    def _map_variances(self, rows: Tensor, function) -> Tensor:
-        if not len(self.variances):
-            return rows
-        given = rows[:, self.variances]
-        mapped = torch.where(self.spread[self.variances] > 0, function(given, self.variance_scale), given)
-        return rows.index_copy(1, self.variances, mapped)
+        return self.variances.exp(values, self.spread[self.variances.place] > 0)
 
 
 def _channel_sizes(shape: tuple[int, ...], limit: int) -> list[int]:

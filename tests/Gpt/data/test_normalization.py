@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from Gpt.data.normalization import Normalizer
 from Gpt.networks import MLP
@@ -42,3 +43,32 @@ def test_a_tensor_that_never_varies_keeps_its_scale():
     assert (normalizer.scale[bias] == 1).all()
     assert normalizer.encode(weights).isfinite().all()
     assert (normalizer.encode(weights)[:, bias] == 0).all()
+
+
+def normed_networks() -> tuple[Structure, torch.Tensor, slice]:
+    """Networks with batch norm, whose running variances lie between zero and hundreds; and the place of these."""
+    structure = Structure.of(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    weights = torch.randn(50, structure.size, generator=rng("cpu", 1))
+    where = next(t.slice for t in structure.tensors if t.kind == "running_var")
+    weights[:, where] = (3 * weights[:, where]).exp()
+    weights[0, where.start] = 0
+    return structure, weights, where
+
+
+def test_running_variances_come_back_and_are_never_negative():
+    structure, weights, where = normed_networks()
+    normalizer = Normalizer(structure)
+    normalizer.fit(weights)
+    torch.testing.assert_close(normalizer.decode(normalizer.encode(weights)), weights, rtol=1e-4, atol=1e-4)
+    drawn = normalizer.decode(5 * torch.randn(1000, structure.size, generator=rng("cpu", 2)))
+    assert drawn[:, where].min() == 0 and (drawn[:, : where.start] < 0).any()
+
+
+def test_running_variances_are_standardised_as_logarithms():
+    structure, weights, where = normed_networks()
+    normalizer = Normalizer(structure)
+    normalizer.fit(weights)
+    variance = weights[:, where].double()
+    logs = (variance / (0.95 * variance.mean()) + 0.05).log()
+    expected = (logs - logs.mean()) / logs.std()
+    torch.testing.assert_close(normalizer.encode(weights)[:, where].double(), expected, rtol=1e-4, atol=1e-4)
