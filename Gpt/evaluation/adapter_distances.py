@@ -3,14 +3,17 @@
 What is written is compared with the stored adapter of the same task, which may have been held out, and so is everything
 that does without a generator. No pass through the language model is needed. The columns, of every split:
 
-    distance        1 - cosine of the changes B A of an adapter and of its task's own stored one, all layers in one
-                    vector: 0 for the same direction, 1 for the base model
+    distance        1 - cosine of the changes B A of an adapter and of its task's own stored one, or of the nearest of
+                    several, all layers in one vector: 0 for the same direction, 1 for the base model
     lead            this row's distance minus the generator's, task by task; positive where the generator is nearer
-    relative_error  length of the difference of both changes over that of the stored one's (%), 100 for the base model
+    relative_error  length of the difference of both changes over that of the stored one's (%), the least of several;
+                    100 for the base model
     nearest         1 - cosine to the nearest adapter of the library, whose task ever it is of; 0 is a copy
     recognised      the nearest adapter of the library is the task's own (%); of training tasks alone, the library's
 
-That a change is near to another one is not that it does the same: whoever has answers should have them judged.
+Where tasks have several adapters of their own, a row says how far one of them is from the others: trainings differ by
+chance, and nothing that is not told which one is meant comes nearer. That a change is near to another one is not that
+it does the same: whoever has answers should have them judged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,16 +87,32 @@ class AdapterDistanceJudge(AdapterJudge):
         return {f"validation_{name}": float(found[name].mean()) for name in ("distance", "relative_error")}
 
     @cached_property
-    def own(self) -> dict[str, Float[Tensor, "tasks D"]]:
-        """The stored adapter of every task."""
-        return {split: self.trained(split) for split in ("validation", *self.tasks.splits)}
+    def own(self) -> dict[str, list[Float[Tensor, "tasks D"]]]:
+        """The stored adapters of every task: the first of each, the second, …; again from the first where one is out of
+        them."""
+        found = {}
+        for split in ("validation", *self.tasks.splits):
+            rows = self.runs_of(split)
+            most = max(map(len, rows))
+            found[split] = [self.final([of_task[i % len(of_task)] for of_task in rows]) for i in range(most)]
+        return found
 
-    def scores(self, adapters: Mapping[str, Float[Tensor, "tasks D"]]) -> dict[str, Scores]:
-        """Every measure of `MEASURES` that there is."""
+    def scores(self, adapters: Mapping[str, Float[Tensor, "tasks D"]], others: bool = False) -> dict[str, Scores]:
+        """Every measure of `MEASURES` that there is.
+
+        Args:
+            others: these are the first of the tasks' own adapters, and are compared with the others.
+        """
         base, spec, splits = self.tasks.recipe.base, self.tasks.recipe.spec, self.tasks.family.splits
         found: dict[str, Scores] = {}
         for split, written in adapters.items():
-            distance, relative = apart(base, spec, written, self.own[split])
+            distances, errors = [], []
+            for number, own in enumerate(self.own[split]):
+                distance, error = apart(base, spec, written, own)
+                first = torch.tensor([number % len(rows) == 0 for rows in self.runs_of(split)], device=error.device)
+                distances.append(distance.masked_fill(first & others, torch.inf))
+                errors.append(error.masked_fill(first & others, torch.inf))
+            distance, relative = (torch.stack(parts).amin(0) for parts in (distances, errors))
             cosine = delta_cosine(base, spec, written, self.library)
             scores = {"distance": distance, "relative_error": 100 * relative}
             scores["nearest"] = baselines.nearest_distance(cosine)
@@ -114,17 +133,21 @@ class AdapterDistanceJudge(AdapterJudge):
         return Row(line.name, line.kind, metrics, **line.details)
 
     def references(self) -> list[Line]:
-        """The base model, which changes nothing; the tasks' own adapters; and the nearest ones of the library."""
+        """The base model, which changes nothing; the tasks' own adapters, and how they differ among themselves; and the
+        nearest ones of the library."""
         splits, library = self.tasks.splits, self.library
         base, spec = self.tasks.recipe.base, self.tasks.recipe.spec
-        own = {split: self.own[split] for split in splits}
+        own = {split: self.own[split][0] for split in splits}
         nearest = {split: library[delta_cosine(base, spec, own[split], library).argmax(1)] for split in splits}
         bound = "is told the task's own adapter: no way to choose one of the library is better"
-        return [
+        lines = [
             self.line("base model", "baseline", self.everywhere(self.fresh)),
             self.line("own adapter", "reference", own, note="imported; what all are compared with"),
-            self.line("nearest of the library", "reference", nearest, note=bound),
         ]
+        if all(len(rows) > 1 for split in splits for rows in self.runs_of(split)):
+            note = "the first of a task's own adapters, compared with its others"
+            lines.append(self.line("another training", "reference", own, self.scores(own, others=True), note=note))
+        return [*lines, self.line("nearest of the library", "reference", nearest, note=bound)]
 
     def validated(self, adapters: Mapping[float, Float[Tensor, "tasks D"]]) -> dict[float, float]:
         """Mean distance of each set of adapters for the validation tasks to their own."""
@@ -140,7 +163,7 @@ class AdapterDistanceJudge(AdapterJudge):
         others = [f"an adapter of the library is {float(between):.3g} from the nearest other one"] if count > 1 else []
         return [
             f"tasks: {counts}; their prompts have no answers, so that nothing says what an adapter does: it is "
-            "compared with the imported one of its task, the first of several",
+            "compared with the imported one of its task, the nearest of several",
             "distances are 1 - cosine of the change B A, all layers in one vector; relative errors count its length "
             "too; DoRA's magnitudes count in neither",
             "the tasks of s1 are those that the generator has learnt from, told by other prompts: the library has the "

@@ -230,20 +230,30 @@ class AdapterJudge(Judge):
         ]
 
     def trained(self, split: str) -> Float[Tensor, "tasks D"]:
-        """The final adapter of the first run of every task; S2 and S3 are the test runs of the zoo."""
+        """The final adapter of the first run of every task."""
+        return self.final([rows[0] for rows in self.runs_of(split)])
+
+    def final(self, rows: Sequence[int]) -> Float[Tensor, "n D"]:
+        """The final adapters of runs, by their rows in the zoo."""
+        chosen = torch.tensor(rows)
+        return self.zoo.read(chosen, torch.full_like(chosen, -1)).to(self.device)
+
+    def runs_of(self, split: str) -> list[list[int]]:
+        """The rows of every task's runs, at least one; S2 and S3 are the test runs of the zoo."""
         family = self.tasks.family
         rows = self.zoo.split("test" if split in ("s2", "s3") else "train").cpu()
         of_rows = family.member_of_runs(self.zoo.run_ids[rows.to(self.zoo.device)].cpu()).tolist()
-        first = dict(zip(reversed(of_rows), reversed(rows.tolist()), strict=True))
-        missing = [family.members[i].name for i in family.splits[split] if i not in first]
+        found: dict[int, list[int]] = {}
+        for member, row in zip(of_rows, rows.tolist(), strict=True):
+            found.setdefault(member, []).append(row)
+        missing = [family.members[i].name for i in family.splits[split] if i not in found]
         if missing:
             raise ZooError(
                 f"the zoo has no trained adapter for {len(missing)} tasks of {split}, such as {missing[0]}; collect at "
                 f"least one run for each: zoo.runs={family.test_runs + family.validation_runs} and the "
                 f"{len(family.splits['train'])} training tasks, or look at what was dropped"
             )
-        chosen = torch.tensor([first[i] for i in family.splits[split]])
-        return self.zoo.read(chosen, torch.full_like(chosen, -1)).to(self.device)
+        return [found[i] for i in family.splits[split]]
 
     @cached_property
     def library(self) -> Float[Tensor, "n D"]:

@@ -1,9 +1,12 @@
 """The judge of adapters for prompts without answers, against generators whose worth is known; no language model."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 
-from Gpt.adapters.changes import delta_cosine
+from Gpt.adapters.changes import apart, delta_cosine
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.measure import library_columns
 from Gpt.adapters.spec import AdapterSpec
@@ -177,8 +180,41 @@ def test_training_watches_the_validation_tasks(task, zoo):
 def test_the_library_is_that_of_training_tasks(task, zoo):
     judge, results = judged(task, zoo)
     assert torch.equal(judge.library, Oracle(task, zoo).adapters[list(task.family.splits["train"])])
-    assert torch.equal(judge.own["s1"], judge.library) and len(judge.own["s3"]) == 2
+    assert torch.equal(judge.own["s1"][0], judge.library) and len(judge.own["s3"][0]) == 2
     assert results.costs.train_seconds == 0 and results.costs.break_even is None, "nobody knows what imports took"
+
+
+def test_of_several_adapters_of_a_task_the_nearest_counts(task, zoo):
+    """A second adapter of every task, of which a generator knows the second alone."""
+    family = replace(task.family, runs_per_member=2)
+    twice = replace(task, family=family)
+    runs = list(range(family.test_runs + family.validation_runs + 2 * len(family.splits["train"])))
+    members = family.member_of_runs(torch.tensor(runs))
+    own, fresh = Oracle(task, zoo).adapters, fresh_adapter(task)
+    second = fresh + 3 * torch.randn(own.shape, generator=rng("cpu", 1, "second")) * (own - fresh).std()
+    seen = Counter()
+    weights = []
+    for member in members.tolist():
+        weights.append((own, second)[seen[member] % 2][member])
+        seen[member] += 1
+    weights = torch.stack(weights)[:, None]
+    columns = library_columns(twice, weights[:, 0], members, "cpu")
+    both = Zoo.from_tensors(
+        weights, {name: values[:, None] for name, values in columns.items()}, runs, [0], task.structure,
+        test_runs=family.test_runs, validation_runs=family.validation_runs,
+    )  # fmt: skip
+    knows = Oracle(task, zoo)
+    knows.adapters = second
+    config = EvaluationConfig(label="test", max_batch=4)
+    found = rows(AdapterDistanceJudge(knows, twice, both, config, "cpu").evaluate(Spent(12.0, 1.0, 10)))
+    for split in SPLITS:
+        members = list(family.splits[split])
+        apart_by, error = apart("tiny", SPEC, own[members], second[members])
+        assert found["test"][f"{split}_distance"].mean == pytest.approx(0, abs=1e-6)
+        assert found["test"][f"{split}_relative_error"].mean == pytest.approx(0, abs=1e-3)
+        assert found["another training"][f"{split}_distance"].mean == pytest.approx(float(apart_by.mean()))
+        assert found["another training"][f"{split}_relative_error"].mean == pytest.approx(100 * float(error.mean()))
+        assert found["own adapter"][f"{split}_distance"].mean == pytest.approx(0, abs=1e-6)
 
 
 def test_the_report_says_what_it_is_about(results, tmp_path):
