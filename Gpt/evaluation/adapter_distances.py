@@ -88,8 +88,8 @@ class AdapterDistanceJudge(AdapterJudge):
 
     @cached_property
     def own(self) -> dict[str, list[Float[Tensor, "tasks D"]]]:
-        """The stored adapters of every task: the first of each, the second, …; again from the first where one is out of
-        them."""
+        """The stored adapters of every task: the first of each, the second, …; from the first again where a task has no
+        more."""
         found = {}
         for split in ("validation", *self.tasks.splits):
             rows = self.runs_of(split)
@@ -101,18 +101,16 @@ class AdapterDistanceJudge(AdapterJudge):
         """Every measure of `MEASURES` that there is.
 
         Args:
-            others: these are the first of the tasks' own adapters, and are compared with the others.
+            others: these are some of the tasks' own adapters, and are compared with those that differ from them.
         """
         base, spec, splits = self.tasks.recipe.base, self.tasks.recipe.spec, self.tasks.family.splits
         found: dict[str, Scores] = {}
         for split, written in adapters.items():
-            distances, errors = [], []
-            for number, own in enumerate(self.own[split]):
-                distance, error = apart(base, spec, written, own)
-                first = torch.tensor([number % len(rows) == 0 for rows in self.runs_of(split)], device=error.device)
-                distances.append(distance.masked_fill(first & others, torch.inf))
-                errors.append(error.masked_fill(first & others, torch.inf))
-            distance, relative = (torch.stack(parts).amin(0) for parts in (distances, errors))
+            apart_by = []
+            for own in self.own[split]:
+                left_out = (own == written).all(1) & others
+                apart_by.append(torch.stack(apart(base, spec, written, own)).masked_fill(left_out, torch.inf))
+            distance, relative = torch.stack(apart_by).amin(0)
             cosine = delta_cosine(base, spec, written, self.library)
             scores = {"distance": distance, "relative_error": 100 * relative}
             scores["nearest"] = baselines.nearest_distance(cosine)
@@ -144,7 +142,8 @@ class AdapterDistanceJudge(AdapterJudge):
             self.line("base model", "baseline", self.everywhere(self.fresh)),
             self.line("own adapter", "reference", own, note="imported; what all are compared with"),
         ]
-        if all(len(rows) > 1 for split in splits for rows in self.runs_of(split)):
+        differs = [torch.stack([(other != own[split]).any(1) for other in self.own[split]]).any(0) for split in splits]
+        if torch.cat(differs).all():
             note = "the first of a task's own adapters, compared with its others"
             lines.append(self.line("another training", "reference", own, self.scores(own, others=True), note=note))
         return [*lines, self.line("nearest of the library", "reference", nearest, note=bound)]
