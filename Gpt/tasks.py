@@ -12,8 +12,8 @@ An entry is a plain dict. Required keys, with G.pt's names and meanings:
 Optional keys:
 
     aug_fn              G.pt's permutation walk, see `Gpt.data.augmentation`
-    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`; what `aug_fn` does, in words. Without
-                        either it is read off the network's computation, see `Gpt.symmetry`; {} to do without
+    symmetry            {tensor name: (group of each axis)}, see `Gpt.structure`: what `aug_fn` does, in words (default:
+                        read off the network's computation, see `Gpt.symmetry`); {} does without
     metric              what the test function returns: "loss", "error" or "return"; names columns (default:
                         what a function of `Gpt.scoring` returns, of others "metric")
     batched             True when task_test_fn also accepts a `Population` and then returns one number per network
@@ -114,7 +114,7 @@ class Task:
     def structure(self) -> Structure:
         """The architecture, with the symmetry that the entry names or, where it says nothing, that the network has."""
         plain = Structure.of(self.template, self.symmetry)
-        if self.symmetry is not None or self.aug_fn is not None or isinstance(self.family, AdapterFamily):
+        if self.symmetry is not None or isinstance(self.family, AdapterFamily):
             return plain
         call = self._first_call()
         return plain if call is None else Structure.of(self.template, hidden_units(self.template, plain, *call.args))
@@ -231,9 +231,9 @@ class Task:
                         f"task {self.name!r}: key 'correct_fn' returned {correct.dtype} of shape "
                         f"{tuple(correct.shape)}, expected {_EXPECTED['correct_fn']}"
                     )
-            key = "symmetry" if self.structure.groups else "aug_fn" if self.aug_fn else None
-            if key and self.metric != "return":  # rounding decides where an episode leads
-                self._check_renaming(key, net, weights, value, device)
+            for key, given in {"symmetry": self.structure.groups, "aug_fn": self.aug_fn}.items():
+                if given and self.metric != "return":  # rounding decides where an episode leads
+                    self._check_renaming(key, net, weights, value, device)
         return self
 
     def _number(self, net: nn.Module, split: str, device: torch.device | str) -> float:

@@ -1,10 +1,10 @@
 """Renaming hidden units at random: function-preserving augmentation for generators that are not equivariant.
 
-A task says how in one of two ways. `symmetry` (see `Gpt.structure`) is read by every part of the project. `aug_fn` is
-G.pt's walk (Peebles et al. 2022): a function `(net, generator, permute_in_fn, permute_out_fn, permute_in_out_fn,
-register_fn)` that visits the tensors of `net` in state_dict order, one or a tuple at a time, and tells for each
-whether its columns, its rows, both or neither are permuted. It serves augmentation alone, and is used where a task
-has no `symmetry`.
+How is known in one of two ways. The symmetry of a network (see `Gpt.structure`) is read by every part of the project.
+`aug_fn` is G.pt's walk (Peebles et al. 2022): a function `(net, generator, permute_in_fn, permute_out_fn,
+permute_in_out_fn, register_fn)` that visits the tensors of `net` in state_dict order, one or a tuple at a time, and
+tells for each whether its columns, its rows, both or neither are permuted. It serves augmentation alone, and takes the
+symmetry's place there.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ def random_index(
     Raises:
         TaskError: `aug_fn` does not visit every tensor exactly once.
     """
-    if structure.groups:
-        return structure.permutation_index(structure.random_permutations(count, rng))
     if aug_fn is None:
+        if structure.groups:
+            return structure.permutation_index(structure.random_permutations(count, rng))
         return torch.arange(structure.size, device=rng.device).expand(count, -1)
     seeds = torch.randint(2**62, (count,), generator=rng, device=rng.device).tolist()
     walks = [walk_index(aug_fn, template, structure.size, torch.Generator().manual_seed(seed)) for seed in seeds]

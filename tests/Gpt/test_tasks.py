@@ -80,7 +80,7 @@ class Scaled(nn.Module):
     ("change", "groups"),
     [
         ({"symmetry": {}}, {}),
-        ({"aug_fn": forgetful_walk}, {}),
+        ({"aug_fn": forgetful_walk}, {"fc1": 3}),  # which `verify` refuses
         ({"task_test_fn": norm_of_weights}, {}),  # never calls the network
         ({"task_test_fn": lambda x, y, net: net(x.tolist())}, {}),  # fails in it, which `verify` says
         ({"constructor": Scaled, "task_test_fn": with_keywords}, {"net.fc1": 3}),

@@ -37,6 +37,16 @@ def test_renaming_moves_weights_and_keeps_the_function(symmetry, aug_fn):
     torch.testing.assert_close(outputs(renamed), outputs(weights))
 
 
+def test_a_walk_is_used_where_there_is_one():
+    structure = Structure.of(net(), MLP.symmetry)
+
+    def stay(net, generator, permute_in, permute_out, permute_both, register):
+        register(tuple(net.parameters()))
+
+    index = random_index(structure, stay, net(), 2, rng("cpu", 0))
+    assert torch.equal(index, torch.arange(structure.size).expand(2, -1))
+
+
 def test_a_walk_permutes_rows_and_columns_of_one_tensor():
     columns, rows = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
     linear = torch.nn.Linear(3, 2, bias=False)
