@@ -181,16 +181,21 @@ def _rule(*operations: Any) -> Callable[[Callable], Callable]:
     return register
 
 
+def _tensors(args: Sequence[Any], keywords: Mapping[str, Any]) -> list[Axes]:
+    """The tensors among an operation's arguments; numbers and lists of numbers are left out."""
+    return [item for item in (*args, *keywords.values()) if isinstance(item, tuple)]
+
+
 def _unknown(shape: Any, *args: Any, **keywords: Any) -> Any:
     _fix(args, list(keywords.values()))
     return [_fresh(item or ()) for item in shape] if isinstance(shape, list) else _fresh(shape or ())
 
 
-def _pointwise(shape: tuple[int, ...], *args: Any, **_: Any) -> Axes:
+def _pointwise(shape: tuple[int, ...], *args: Any, **keywords: Any) -> Axes:
     """Entries of one place meet, from the last axis on; one entry meets all."""
-    result = list(_fresh(shape))
+    result, tensors = list(_fresh(shape)), _tensors(args, keywords)
     for place, length in enumerate(reversed(shape), start=1):
-        axes = [x[-place] for x in args if isinstance(x, tuple) and len(x) >= place and x[-place].length == length > 1]
+        axes = [x[-place] for x in tensors if len(x) >= place and x[-place].length == length > 1]
         for axis in axes:
             result[-place] = axis if axis is axes[0] else _tie(result[-place], axis)
     return tuple(result)
@@ -247,27 +252,25 @@ def _prelu(_: Any, x: Axes, slopes: Axes) -> Axes:
 
 @_rule(aten._native_batch_norm_legit_no_training, aten.batch_norm)
 def _batch_norm(shape: Any, x: Axes, *args: Any, **keywords: Any) -> Any:
-    for per_channel in args:
-        if isinstance(per_channel, tuple):
-            _tie(x[1], per_channel[0])
+    for per_channel in _tensors(args, keywords):
+        _tie(x[1], per_channel[0])
     return (x, *(_fresh(item or ()) for item in shape[1:])) if isinstance(shape, list) else x
 
 
 @_rule(aten.layer_norm, aten.rms_norm)
-def _layer_norm(_: Any, x: Axes, normalised: Sequence[int], *args: Any, **__: Any) -> Axes:
-    for per_entry in args:
-        if isinstance(per_entry, tuple):
-            for axis, entries in zip(x[-len(normalised) :], per_entry, strict=True):
-                _tie(axis, entries)
+def _layer_norm(_: Any, x: Axes, normalised: Sequence[int], *args: Any, **keywords: Any) -> Axes:
+    for per_entry in _tensors(args, keywords):
+        for axis, entries in zip(x[-len(normalised) :], per_entry, strict=True):
+            _tie(axis, entries)
     return x
 
 
 @_rule(aten.scaled_dot_product_attention)
 def _attention(shape: tuple[int, ...], query: Axes, key: Axes, value: Axes, *args: Any, **keywords: Any) -> Axes:
-    masked = any(isinstance(item, tuple) for item in (*args, *keywords.values()))
+    masks = _tensors(args, keywords)
     heads = {tuple(axis.length for axis in x[:-2]) for x in (query, key, value)}
-    if masked or len(heads) > 1:
-        return _unknown(shape, query, key, value, args, list(keywords.values()))
+    if masks or len(heads) > 1:
+        return _unknown(shape, query, key, value, masks)
     _fix(query[-2], key[-2], value[-2])
     _tie(query[-1], key[-1])
     return (*_pointwise(shape[:-2], query[:-2], key[:-2], value[:-2]), query[-2], value[-1])
@@ -283,8 +286,7 @@ def _pooling(shape: Any, x: Axes, *args: Any, **keywords: Any) -> Any:
 
 @_rule(aten.mean, aten.sum, aten.amax, aten.amin)
 def _reduction(shape: tuple[int, ...], x: Axes, dims: Any = None, keepdim: bool = False, **_: Any) -> Axes:
-    dims = range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims
-    gone = {dim % len(x) for dim in dims}
+    gone = {dim % len(x) for dim in ([dims] if isinstance(dims, int) else dims or range(len(x)))}
     if keepdim:
         return tuple(_fresh((1,))[0] if place in gone else axis for place, axis in enumerate(x))
     return tuple(axis for place, axis in enumerate(x) if place not in gone)

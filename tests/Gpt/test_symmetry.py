@@ -191,6 +191,8 @@ TOKENS = torch.randn(5, 3, 8, generator=rng("cpu", 2))
         (Two(lambda x: torch.cat([x, x[:, :1]], 1), last=7), X, {}),
         (Two(lambda x: x.cumsum(1)), X, {}),
         (Two(lambda x: x * torch.arange(6)), X, {}),
+        (Two(lambda x: x.clamp(min=torch.arange(6.0, dtype=x.dtype))), X, {}),
+        (Two(lambda x: x - x.amax() + x.sum(0) * x.mean()), X, {"first": 6}),
         (Two(lambda x: sum(x.unbind(1))[:, None], last=1), X, {}),
         (Masked(), X, {}),
         (Tied(), X, {"encode": 6}),
