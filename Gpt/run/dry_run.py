@@ -218,10 +218,14 @@ def _tracker(run: Rehearsal) -> str:
 
 def _task(run: Rehearsal) -> str:
     structure = run.task.structure
-    size = f"{structure.size:,} weights in {len(structure.tensors)} tensors"
-    units = f"{sum(structure.groups.values()):,} hidden units in {len(structure.groups)} groups"
-    prompts = ", ".join(run.config.condition.names) or "nothing"
-    return f"{run.task.name}: {size}, {units if structure.groups else 'no hidden units known'}, prompted with {prompts}"
+    facts = [f"{structure.size:,} weights in {len(structure.tensors)} tensors"]
+    if structure.groups:
+        count, groups = sum(structure.groups.values()), len(structure.groups)
+        facts.append(f"{count:,} hidden units in {groups} group{'s' * (groups > 1)}")
+    elif not isinstance(run.task.family, AdapterFamily):
+        facts.append("no hidden units known")
+    facts.append(f"prompted with {', '.join(run.config.condition.names) or 'nothing'}")
+    return f"{run.task.name}: {', '.join(facts)}"
 
 
 def _data(run: Rehearsal) -> str:

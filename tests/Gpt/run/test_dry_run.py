@@ -91,7 +91,7 @@ def test_the_embedded_default_passes_and_leaves_nothing_behind(empty, capsys):
     rows = {what: next(line for line in lines if line.startswith(f"  {what}  ".ljust(18))) for what in CHECKS}
     assert all(f"{what:14s}  ok" in row for what, row in rows.items())
     assert "1,280 runs x 32 snapshots, 118.8 MiB" in rows["zoo"]  # 1,280 x 32 x 760 weights x 4 bytes
-    assert "760 weights in 4 tensors" in rows["task"]
+    assert "760 weights in 4 tensors, 10 hidden units in 1 group, prompted" in rows["task"]
     assert "train 1097x1x8x8" in rows["data"]
     assert not everything(empty)
 
