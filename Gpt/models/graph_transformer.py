@@ -11,6 +11,7 @@ on the graph of the neurons, with edge states (Kofinas et al. 2024, arXiv 2403.1
 2302.14040, for the symmetry). Then all units attend to each other (adaLN-zero, Peebles & Xie 2023, arXiv 2212.09748).
 """
 
+import math
 import warnings
 
 import torch
@@ -19,8 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from Gpt.conditions import fourier_features
+from Gpt.errors import ConfigError
 from Gpt.models.transformer import Block, matrices, norm
 from Gpt.neurons import Graph, Joints
+
+STATES = 2**24
+"""Numbers that the states of the weights between one network's hidden layers may take; a block holds ten times it."""
 
 
 class GraphTransformer(nn.Module):
@@ -34,10 +39,20 @@ class GraphTransformer(nn.Module):
         graph: of the networks; a module, so that its indices follow the device.
         width, depth, heads: of the transformer.
         channels: of each weight between two hidden layers; without effect where there are none.
+
+    Raises:
+        ConfigError: the networks are too large to give all these weights states.
     """
 
     def __init__(self, graph: Graph, width: int, depth: int, heads: int, channels: int):
         super().__init__()
+        pairs = sum(math.prod(joint.units) for joint in graph.joints)
+        if pairs * channels > STATES:
+            raise ConfigError(
+                f"neuron tokens would hold {channels} numbers (generator.channels) for each of the {pairs:,} pairs of "
+                f"units that a weight joins, {pairs * channels / STATES:.1f} times what fits memory; such networks are "
+                "for generators that cut them into pieces (generator=rpg generator.policy=within_layer)"
+            )
         self.graph = graph
         entries = [entries for _, entries in graph.shapes]
         joined = [joint.entries for joint in graph.joints]

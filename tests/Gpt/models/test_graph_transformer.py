@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from Gpt.errors import ConfigError
 from Gpt.models.graph_transformer import GraphTransformer
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.neurons import NeuronGraph
@@ -93,3 +94,11 @@ def test_muon_may_train_every_matrix_inside_the_blocks_but_the_modulation():
     names = {name for name, parameter in network.named_parameters() if id(parameter) in found}
     inside = {name for name, p in network.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
     assert names == {name for name in inside if "modulation" not in name} and any("exchanges" in n for n in names)
+
+
+def test_networks_too_large_for_a_state_of_every_weight_are_refused_before_memory_is():
+    """ResNet-18's 1.2 million kernels, without a network of that size being built."""
+    weight = torch.empty(1100, 1100, 3, 3, device="meta")
+    structure = Structure.of({"a.weight": weight, "b.weight": weight}, {"a.weight": ("out", "in", None, None)})
+    with pytest.raises(ConfigError, match=r"32 numbers .* 1,210,000 pairs of units .* 2.3 times .*policy=within_layer"):
+        GraphTransformer(NeuronGraph(structure), width=8, depth=1, heads=1, channels=32)
