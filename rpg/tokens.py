@@ -16,6 +16,7 @@ arXiv 2501.11587, section 3.1) and the neuron tokens of `Gpt.neurons`:
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -193,6 +194,7 @@ class Latents(nn.Module):
         self.residual, self._shared = residual, shared
         self._slices = [spec.slice for spec in structure.tensors]
         self.variances = RunningVariances(structure)
+        self.register_load_state_dict_pre_hook(_with_former_names)
         self.register_buffer("center", torch.zeros(structure.size))
         self.register_buffer("spread", torch.ones(structure.size))
         self.register_buffer("anchor", torch.zeros(structure.size))
@@ -241,6 +243,13 @@ class Latents(nn.Module):
 
     def _exp(self, values: Tensor) -> Tensor:
         return self.variances.exp(values, self.spread[self.variances.place] > 0)
+
+
+def _with_former_names(latents: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Earlier checkpoints have the scales of running variances under another name, and where there are none, too."""
+    scale = state.pop(f"{prefix}variance_scale", None)
+    if scale is not None and scale.numel():
+        state[f"{prefix}variances.scale"] = scale
 
 
 def _channel_sizes(shape: tuple[int, ...], limit: int) -> list[int]:

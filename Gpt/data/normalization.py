@@ -25,7 +25,8 @@ class RunningVariances(nn.Module):
         self._slices = [t.slice for t in structure.tensors if t.kind == "running_var"]
         places = [torch.arange(where.start, where.stop) for where in self._slices]
         self.register_buffer("place", torch.cat([torch.empty(0, dtype=torch.long), *places]), persistent=False)
-        self.register_buffer("scale", torch.ones(len(self.place)))
+        # Checkpoints of generators for networks without batch norm know nothing of it.
+        self.register_buffer("scale", torch.ones(len(self.place)), persistent=bool(places))
 
     def fit(self, weights: Float[Tensor, "n D"]) -> None:
         """Read the mean variance of every layer off sample networks."""

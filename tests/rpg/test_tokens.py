@@ -235,6 +235,20 @@ def test_running_variances_follow_the_published_logarithm(networks):
     torch.testing.assert_close(latents.encode(weights)[:, where].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_checkpoints_with_the_former_name_of_the_scales_of_variances_still_load(networks):
+    structure, weights = networks
+    latents, loaded = Latents(structure), Latents(structure)
+    latents.fit(weights)
+    former = latents.state_dict()
+    former["variance_scale"] = former.pop("variances.scale")
+    loaded.load_state_dict(former)
+    assert torch.equal(loaded.encode(weights), latents.encode(weights))
+    plain = Structure.of(nn.Linear(2, 2))
+    without = Latents(plain).state_dict()
+    assert "variances.scale" not in without
+    Latents(plain).load_state_dict(without | {"variance_scale": torch.ones(0)})
+
+
 def test_residuals_resolve_checkpoints_that_differ_by_millionths():
     structure = Structure.of(nn.Linear(50, 50))
     mean = gaussian(structure.size)
