@@ -50,9 +50,14 @@ def align(
     return torch.cat([structure.flatten(part.current) for part in parts]), permutations
 
 
+def networks_at_once(structure: Structure) -> int:
+    """How many networks are in memory for alignment, a few copies of each."""
+    return max(1, ELEMENTS // structure.size)
+
+
 def _pieces(networks: Float[Tensor, "R D"], structure: Structure) -> Sequence[Float[Tensor, "r D"]]:
     """As many as are aligned at once."""
-    return networks.split(max(1, ELEMENTS // structure.size))
+    return networks.split(networks_at_once(structure))
 
 
 def _best_match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "R D"], structure: Structure) -> "_Matching":

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from Gpt.data.alignment import ELEMENTS, align
+from Gpt.data.alignment import align, networks_at_once
 from Gpt.data.zoo import Zoo
 from Gpt.errors import ZooError
 
@@ -64,7 +64,7 @@ def align_runs(zoo: Zoo, test: int, validation: int) -> Zoo:
     first = zoo.split("train")[:1]
     reference = zoo.read(first, torch.full_like(first, last))[0]
     parts = []
-    for rows in torch.arange(zoo.runs, device=zoo.device).split(max(1, ELEMENTS // zoo.structure.size)):
+    for rows in torch.arange(zoo.runs, device=zoo.device).split(networks_at_once(zoo.structure)):
         parts.append(align(zoo.read(rows, torch.full_like(rows, last)), reference, zoo.structure)[1])
     permutations = {group: torch.cat([part[group] for part in parts]) for group in zoo.structure.groups}
     return Zoo(

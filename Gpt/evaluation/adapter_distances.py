@@ -11,9 +11,10 @@ that does without a generator. No pass through the language model is needed. The
     nearest         1 - cosine to the nearest adapter of the library, whose task ever it is of; 0 is a copy
     recognised      the nearest adapter of the library is the task's own (%); of training tasks alone, the library's
 
-Where tasks have several adapters of their own, a row says how far one of them is from the others: trainings differ by
-chance, and nothing that is not told which one is meant comes nearer. That a change is near to another one is not that
-it does the same: whoever has answers should have them judged.
+Where tasks have several adapters of their own, a row says how far one of them is from the others: by how much trainings
+differ is the scale of all distances, though no bound, for what is common to several trainings is nearer to each of them
+than another one is. That a change is near to another one is not that it does the same: whoever has answers should have
+them judged.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,7 +14,7 @@ from rpg.backbones.layers import RMSNorm, scan_dtype
 from rpg.backbones.scans import gated_linear_attention
 
 KERNEL = "fla.ops.gla.chunk_gla"
-KERNEL_CHANNELS = 16  # a head's channels at least: smaller matrices than tensor cores multiply, it fails to compile
+KERNEL_CHANNELS = 16  # of a head at least: of smaller ones its backward pass does not compile
 
 
 class HGRN2(Mixer):
