@@ -34,6 +34,7 @@ def change_by_renaming(net: nn.Module, structure: Structure, *inputs: torch.Tens
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
     before = net(*inputs)
     index = structure.permutation_index(structure.random_permutations(1, generator))[0]
+    assert not torch.equal(index, torch.arange(structure.size))
     state = net.state_dict()
     weights = torch.cat([state[t.name].flatten() for t in structure.tensors])
     for name, value in structure.unflatten(weights[index]).items():
@@ -91,6 +92,15 @@ def test_renaming_what_is_found_changes_no_architecture(constructor, side, group
     structure = with_symmetry(net, images(side))
     assert len(structure.groups) == groups
     assert change_by_renaming(net, structure, images(side)) < 1e-12
+
+
+@pytest.mark.parametrize("left_out", ["conv1.bias", "conv2.weight", "fc2.weight"])
+def test_renaming_with_a_tensor_left_out_changes_the_outputs(left_out):
+    """So the tests above could fail."""
+    net = medium_cnn()
+    found = hidden_units(net, Structure.of(net), (images(32),))
+    broken = Structure.of(net, {name: groups for name, groups in found.items() if name != left_out})
+    assert change_by_renaming(net, broken, images(32)) > 1e-3
 
 
 def test_a_resnet_with_its_units_renamed_is_brought_back():
