@@ -13,8 +13,9 @@ from rpg.backbones.base import Mixer, State
 from rpg.backbones.layers import RMSNorm, scan_dtype
 from rpg.backbones.scans import gated_linear_attention
 
-KERNEL = "fla.ops.gla.chunk_gla"
-KERNEL_CHANNELS = 16  # of a head at least: of smaller ones its backward pass does not compile
+# Token by token within one kernel. The package's chunked kernels choose among some two hundred variants that have to
+# be compiled first: minutes before the first gradient, and none of them compiles for heads of fewer than 16 channels.
+KERNEL = "fla.ops.gla.fused_recurrent_gla"
 
 
 class HGRN2(Mixer):
@@ -69,9 +70,8 @@ class HGRN2(Mixer):
     ) -> tuple[Float[Tensor, "batch length heads key"], Float[Tensor, "batch heads key key"]]:
         wide = scan_dtype(f.dtype)
         k, log_decay = self._gate(f.to(wide))
-        supported = q.is_cuda and kernels.supports(q.dtype) and self.expand_ratio >= KERNEL_CHANNELS
-        if supported and (kernel := kernels.load(KERNEL)):
-            return kernel(q, k.to(q.dtype), i, log_decay, scale=1.0, initial_state=memory, output_final_state=True)
+        if q.is_cuda and kernels.supports(q.dtype) and (kernel := kernels.load(KERNEL)):
+            return kernel(q, k.to(q.dtype), i, gk=log_decay, scale=1.0, initial_state=memory, output_final_state=True)
         return gated_linear_attention(q.to(wide), k, i.to(wide), log_decay, memory)
 
     def _gate(self, f: Float[Tensor, "*batch"]) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:

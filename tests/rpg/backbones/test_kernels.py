@@ -18,7 +18,7 @@ from rpg.backbones import Backbone, build_backbone, kernels, scans
 PATHS = {
     "mamba2": "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined",
     "mamba": "mamba_ssm.ops.selective_scan_interface.selective_scan_fn",
-    "hgrn2": "fla.ops.gla.chunk_gla",
+    "hgrn2": "fla.ops.gla.fused_recurrent_gla",
     "convolution": "causal_conv1d.causal_conv1d_fn",
 }
 
@@ -73,12 +73,12 @@ def selective_scan_fn(u, delta, A, B, C, D, *, delta_bias, delta_softplus, retur
     return torch.stack(ys, dim=2), state
 
 
-def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=False):
-    assert output_final_state and initial_state.dtype == torch.float32
+def fused_recurrent_gla(q, k, v, gk=None, gv=None, scale=None, initial_state=None, output_final_state=False):
+    assert output_final_state and initial_state.dtype == torch.float32 and gv is None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     state, ys = initial_state, []
     for t in range(q.shape[1]):
-        state = g[:, t, ..., None].exp() * state + k[:, t, ..., None] * v[:, t, :, None]
+        state = gk[:, t, ..., None].exp() * state + k[:, t, ..., None] * v[:, t, :, None]
         ys.append(scale * (state * q[:, t, ..., None]).sum(-2))
     return torch.stack(ys, dim=1), state
 
@@ -91,7 +91,7 @@ def causal_conv1d_fn(x, weight, bias, activation):
 CONTRACTS = {
     "mamba2": mamba_chunk_scan_combined,
     "mamba": selective_scan_fn,
-    "hgrn2": chunk_gla,
+    "hgrn2": fused_recurrent_gla,
     "convolution": causal_conv1d_fn,
 }
 
@@ -151,15 +151,6 @@ def test_double_precision_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     assert build("hgrn2").double()(noise(2, 5, 32).double()).dtype == torch.float64
     assert not kernels.supports(torch.float64) and kernels.supports(torch.bfloat16)
-
-
-@pytest.mark.parametrize(("channels", "used"), [(8, False), (16, True)])
-def test_heads_too_small_for_the_kernel_are_left_to_pytorch(monkeypatch, channels, used):
-    calls = []
-    install(monkeypatch, PATHS["hgrn2"], lambda *a, **k: calls.append(k) or chunk_gla(*a, **k))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    build("hgrn2", expand_ratio=channels, depth=1)(noise(2, 5, 32))
-    assert len(calls) == used
 
 
 def test_chunk_holds_whole_blocks():
