@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 main.py …            the same, spread over two pro
 """
 
 import dataclasses
+import faulthandler
 import sys
 import time
 from typing import Any
@@ -161,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # compiled kernels can end a process without a word; this says where it was
     main()

@@ -24,6 +24,7 @@ An adapter is a folder that `peft` loads. All lines of a text file of prompts de
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import math
 import sys
@@ -275,4 +276,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # compiled kernels can end a process without a word; this says where it was
     main()

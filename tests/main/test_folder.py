@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +197,14 @@ def test_the_command_itself(here, times, tiny):
     assert refused.stderr.startswith(expected), refused.stderr
     assert "Traceback" not in refused.stderr
     assert times(here) == before
+
+
+@pytest.mark.parametrize("command", ["main.py", "playground.py"])
+def test_a_crash_in_native_code_says_where_it_was(command, tmp_path):
+    root = Path(main.__file__).parent
+    (tmp_path / "crashing.py").write_text("import ctypes\nctypes.string_at(0)\n")
+    call = [sys.executable, str(root / command), f"task_modules=[{tmp_path}/crashing.py]", "dry_run=true"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    crashed = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert crashed.returncode == -signal.SIGSEGV
+    assert "crashing.py" in crashed.stderr, crashed.stderr
