@@ -167,7 +167,7 @@ def train(
             value = distributed.total(running).item() / (state.step - since)
             _check_finite("loss", value, state.step, config)
             facts = {"train/loss": value, "train/grad_norm": norm.item(), "train/phase": generator.phase(batch)}
-            logger.log(facts, state.step)
+            logger.log({**facts, "train/learning_rate": session.learning_rate}, state.step)
             running.zero_()
             since = state.step
 
@@ -198,6 +198,11 @@ class Session:
         self._views = [Whole(part) for part in stored] if in_parts else []
         self._stored = self._views or stored
         self.state = checkpoints.load(*self._stored) if checkpoints.exists() else TrainingState()
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's, of the last update."""
+        return self._optimizer.param_groups[0]["lr"]
 
     def update(self) -> Tensor:
         """One step along the gradient, with the learning rate of its place in the schedule; returns the norm."""

@@ -7,6 +7,11 @@ into prompt sets; put PEFT adapters into one sub-folder for each task; and name 
     python -m Gpt.adapters.tools analyze --adapters adapters
 
     # my_tasks.py
+    from Gpt.adapters.family import AdapterFamily
+    from Gpt.adapters.peft_io import spec_of
+    from Gpt.catalogue.adapters import adapter_entry
+    from Gpt.recipes import AdapterRecipe
+
     family = AdapterFamily("prompts", unseen_rules=1, unseen_combinations=0, validation=1)
     recipe = AdapterRecipe("smollm2", spec_of("adapters/arc/checkpoint-100"))
     TASK_METADATA = {"mine": adapter_entry(family, recipe) | {"checkpoints": "adapters"}}

@@ -39,8 +39,7 @@ def import_adapters(
         DataError, StructureError: see `read_library`.
     """
     chosen, members, weights = read_library(folder, task)
-    different = list(dict.fromkeys(chosen))
-    warning = gauge_report([read_adapter(adapter)[0] for adapter in different]).warning if different[1:] else None
+    warning = gauge_warning(chosen)
     notes = ["Imported adapters, one snapshot each; their training iterations are not known."]
     manifest = Manifest.of(
         task.zoo_name,
@@ -82,6 +81,12 @@ def read_library(folder: str | Path, task: Task) -> tuple[list[Path], Int[Tensor
     turns = [cycle(folders) for folders in found]
     chosen = [next(turns[member]) for member in members.tolist()]
     return chosen, members, torch.stack([load_adapter(adapter, recipe.spec, recipe.base) for adapter in chosen])
+
+
+def gauge_warning(adapters: Sequence[Path]) -> str | None:
+    """What `gauge_report` warns of in these folders, each of which counts once."""
+    different = list(dict.fromkeys(adapters))
+    return gauge_report([read_adapter(adapter)[0] for adapter in different]).warning if different[1:] else None
 
 
 def _folders_of(folder: Path, member: Member, members: Sequence[Member]) -> list[Path]:

@@ -21,7 +21,7 @@ import torch
 from data_gen.collect import snapshot_schedule, total_iterations, train_population
 from data_gen.memory import Trained
 from Gpt.adapters.family import AdapterFamily
-from Gpt.adapters.importer import read_library
+from Gpt.adapters.importer import gauge_warning, read_library
 from Gpt.adapters.measure import library_columns
 from Gpt.data import shards
 from Gpt.data.importers import foreign_runs
@@ -287,7 +287,9 @@ def _imported(run: Rehearsal) -> str:
         )
     if again:
         adapters, *_ = read_library(source, run.task)
-        return f"{len(adapters):,} runs of {len(set(adapters)):,} adapters to be imported from {source}"
+        warning = gauge_warning(adapters)
+        counts = f"{len(adapters):,} runs of {len(set(adapters)):,} adapters to be imported from {source}"
+        return f"{counts}; but {warning}" if warning else counts
     runs = foreign_runs(source, run.task.structure)
     count = sum(foreign.snapshots for foreign in runs) if run.config.zoo.split == "snapshot" else len(runs)
     test, validation = run.held_out

@@ -14,7 +14,7 @@ import main
 from Gpt.adapters.family import AdapterFamily
 from Gpt.adapters.importer import import_adapters
 from Gpt.adapters.peft_io import save_adapter
-from Gpt.adapters.spec import AdapterSpec, adapter_structure
+from Gpt.adapters.spec import AdapterModule, AdapterSpec, adapter_structure
 from Gpt.adapters.user import PromptSet, write_prompts
 from Gpt.catalogue.adapters import adapter_entry
 from Gpt.errors import ConfigError, TaskError, ZooError
@@ -247,10 +247,29 @@ def test_adapters_to_be_imported_are_read(empty):
     mine = {"name": "lora_tiny", "task": check_entry("mine", entry)}
     checks = found("logger=disabled", "trainer.batch_size=2", **mine)
     assert not troubles(checks) and checks["zoo"].size.startswith("4 runs of 3 adapters to be imported")
+    assert "gauge" not in checks["zoo"].size
     import_adapters("adapters", "zoos/mine", mine["task"])  # which the run does again, in case they are others now
     (empty / "adapters" / "b").rename(empty / "away")
     told = troubles(found("logger=disabled", **mine))
     assert [*told] == ["zoo"] and "no sub-folder 'b'" in told["zoo"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+def test_adapters_without_a_common_gauge_are_told_of(empty):
+    pytest.importorskip("peft")
+    sets = [PromptSet(name, (f"{name}?",)) for name in ("a", "b", "c")]
+    write_prompts("prompts", {"train": sets, "test": sets})
+    family = AdapterFamily(
+        str(empty / "prompts"), unseen_rules=1, unseen_combinations=0, validation=1, prompts=1, encoder="hash"
+    )
+    for seed, name in enumerate("abc"):
+        own = AdapterSpec(rank=2, targets=("q_proj",), train_a=True, a_seed=seed)
+        fresh = adapter_structure("tiny", own).flatten(AdapterModule("tiny", own).state_dict())
+        save_adapter(f"adapters/{name}", fresh, own, "tiny")
+    entry = adapter_entry(family, AdapterRecipe("tiny", own)) | {"checkpoints": "adapters"}
+    weights = ("generator.loss.sft=0", "generator.loss.mse=1", "generator.loss.regression_until=1")
+    mine = {"name": "lora_tiny", "task": check_entry("mine", entry)}
+    assert "do not share a gauge" in found("logger=disabled", "trainer.batch_size=2", *weights, **mine)["zoo"].size
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

@@ -1,7 +1,7 @@
 """The learning rate warms up, at the beginning and wherever the loss becomes another, and decays."""
 
 import pytest
-from toy_training import CONFIG, Toy, run
+from toy_training import CONFIG, Toy, lines, run
 
 from Gpt import training
 from Gpt.training import TrainerConfig, learning_rate_factor
@@ -28,7 +28,7 @@ def test_a_training_warms_up_anew_at_its_turns(tmp_path, monkeypatch):
 
     def watched(session):
         norm = update(session)
-        rates.append(session._optimizer.param_groups[0]["lr"])
+        rates.append(session.learning_rate)
         return norm
 
     monkeypatch.setattr(training.Session, "update", watched)
@@ -36,6 +36,8 @@ def test_a_training_warms_up_anew_at_its_turns(tmp_path, monkeypatch):
     factors = [learning_rate_factor(step, CONFIG, (0.5,)) for step in range(CONFIG.steps)]
     assert rates == pytest.approx([CONFIG.learning_rate * factor for factor in factors])
     assert factors != [learning_rate_factor(step, CONFIG) for step in range(CONFIG.steps)]
+    logged = {line["step"]: line["train/learning_rate"] for line in lines(tmp_path) if "train/loss" in line}
+    assert logged and logged == {step: rates[step - 1] for step in logged}
 
 
 @pytest.mark.parametrize("turn", [0.5, 0.4996])
