@@ -45,6 +45,7 @@ from Gpt.adapters.family import AdapterFamily
 from Gpt.config import RunConfig, checked
 from Gpt.errors import ConfigError, nearest
 from Gpt.evaluation.prompting import Starts
+from Gpt.evaluation.recalibration import check_recalibration, examples
 from Gpt.files import save_tensors, write_json
 from Gpt.generator import Generator
 from Gpt.report.text import networks_table
@@ -78,6 +79,7 @@ class PlaygroundConfig:
         base_name: what an adapter's folder says that its base model is called.
         seed: names the starting networks and the noise.
         steps, guidance: of the sampler, see `Generator.sample`.
+        recalibrate: re-estimate the batch-norm statistics of what was written on training images.
         keyframes: noises that the walk passes through; 0 for no walk.
         frames: networks from each of those noises to the next.
         out: folder to write to; `playground` in the run folder when None.
@@ -93,6 +95,7 @@ class PlaygroundConfig:
     seed: int = 0
     steps: PositiveInt | None = None
     guidance: FiniteFloat = 1.0
+    recalibrate: bool = False
     keyframes: NonNegativeInt = 6
     frames: PositiveInt = 20
     out: str | None = None
@@ -130,6 +133,8 @@ def write_adapters(generator: Generator, task: Task, config: PlaygroundConfig, f
     """
     if config.wanted is not None or config.mask is not None or config.count not in (None, 1) or config.updates > 1:
         raise ConfigError("wanted, mask, count, updates: adapters are written for prompts alone, one for each task")
+    if config.recalibrate:
+        raise ConfigError("recalibrate: adapters have no batch-norm statistics")
     if (config.prompt is None) == (config.prompts is None):
         raise ConfigError('say what the adapter is for, by prompt="Give the last word." or by prompts=FILE')
     tasks = {"": [config.prompt]} if config.prompt is not None else read_tasks(Path(config.prompts or ""))
@@ -147,11 +152,16 @@ def write_networks(run: TrainedRun, config: PlaygroundConfig, folder: Path) -> N
     if config.prompts is not None or config.base_name:
         raise ConfigError("prompts, base_name: they are for adapters of a language model; give one sentence, prompt=…")
     task, metric = run.task, f"validation_{run.task.metric}"
+    if config.recalibrate:
+        check_recalibration(task)
     wish, count = run.wish(wanted=config.wanted, mask=config.mask, prompt=config.prompt), config.count or COUNT
     print("".join(f"{line}\n" for line in wish.understood), end="")
     folder.mkdir(parents=True, exist_ok=True)
     starts = run.fresh_starts(count, config.seed, wish.mask) if run.generator.needs_start else None
     weights = run.grant(wish, count, starts, config.updates, **config.sampling)
+    if config.recalibrate:
+        weights = run.recalibrated(weights)
+        print(f"batch-norm statistics re-estimated on {examples(task):,} training images")
     scores = {f"start_{metric}": starts.metric} if starts else {}
     scores |= run.measure(weights, "validation", wish.mask) | run.measure(weights, "test", wish.mask)
     if wish.wanted is not None:
@@ -201,6 +211,8 @@ def walk(
     for noise in slerp_loop(keyframes, config.frames).split(at_once):
         request = wish.request(len(noise), first, device)
         weights = generator.sample(request.prompt, request.start, count=len(noise), noise=noise, **config.sampling)
+        if config.recalibrate:
+            weights = run.recalibrated(weights)
         filters.append(first_layer_filters(task.structure, weights))  # of large networks, all that is kept
         metric.append(run.measure(weights, "validation", wish.mask)[name])
     along = torch.cat(metric)

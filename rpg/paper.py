@@ -248,8 +248,9 @@ class RpgPaper(Generator):
     ) -> Float[Tensor, "B D"]:
         """Networks out of noise. Without an identity in the prompt, each network draws one.
 
-        `config.token_batch` tokens are denoised at once, on batch statistics gathered in training. With ddim this
-        bounds the memory and changes nothing else; the draws of ddpm follow the batches.
+        `config.token_batch` tokens are denoised at once, on batch statistics gathered in training; the sequence model
+        reads as many networks at once as have so many tokens, one at least. With ddim this bounds the memory and
+        changes nothing else; the draws of ddpm follow the batches.
 
         Raises:
             ConfigError: guidance is asked for; the published model has no null condition.
@@ -261,7 +262,7 @@ class RpgPaper(Generator):
             drawn = torch.randint(self.config.identities, (count,), generator=rng, device=noise.device)
             prompt = prompt | {IDENTITY: drawn}
         with evaluating(self):
-            prototypes = self._prototypes(prompt, count).flatten(0, 1)
+            prototypes = self._prototypes_in_parts(prompt, count).flatten(0, 1)
             tokens = noise.flatten(0, 1)
             passes = torch.arange(len(tokens), device=noise.device).split(self.config.token_batch or len(tokens))
             denoised = [
@@ -282,6 +283,15 @@ class RpgPaper(Generator):
                 raise ConfigError(f'generator.identities={self.config.identities}: training needs prompt["{IDENTITY}"]')
             x = x + self.identities(identity)[:, None]
         return self.backbone(x).expand(count, -1, -1)
+
+    def _prototypes_in_parts(self, prompt: Prompt, count: int) -> Float[Tensor, "B T width"]:
+        """The same, from as many networks at once as `config.token_batch` tokens hold, one at least."""
+        if not prompt or self.config.token_batch is None:
+            return self._prototypes(prompt, count)
+        rows = torch.arange(count, device=self.latents.spread.device)
+        parts = rows.split(max(1, self.config.token_batch // len(self.tokens)))
+        told = [{name: value[part] for name, value in prompt.items()} for part in parts]
+        return torch.cat([self._prototypes(p, len(part)) for p, part in zip(told, parts, strict=True)])
 
     def _network(self, prototypes: Float[Tensor, "N width"]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, t: self.denoiser(x, t, prototypes)

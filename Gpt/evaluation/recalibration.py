@@ -1,6 +1,7 @@
 """Batch-norm statistics re-estimated for networks whose weights were written or averaged, not trained."""
 
 import copy
+import math
 
 import torch
 from jaxtyping import Float
@@ -24,11 +25,14 @@ def check_recalibration(task: Task) -> None:
     ConfigError: the architecture has no batch normalisation, or the task no training data.
     """
     if not has_statistics(task.structure):
-        raise ConfigError(f"evaluation.recalibrate: the networks of task {task.name!r} have no batch-norm statistics")
+        raise ConfigError(f"recalibrate: the networks of task {task.name!r} have no batch-norm statistics")
     if task.train_data_fn is None:
-        raise ConfigError(
-            f"evaluation.recalibrate: task {task.name!r} has no training data; add the key 'train_data_fn'"
-        )
+        raise ConfigError(f"recalibrate: task {task.name!r} has no training data; add the key 'train_data_fn'")
+
+
+def examples(task: Task) -> int:
+    """How many training images the statistics are of."""
+    return min(EXAMPLES, len(task.data("train")[0]))
 
 
 @torch.no_grad()
@@ -42,7 +46,8 @@ def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device
         ConfigError: see `check_recalibration`.
     """
     check_recalibration(task)
-    inputs = task.data("train", device)[0][:EXAMPLES]
+    inputs = task.data("train", device)[0][: examples(task)]
+    batches = inputs.chunk(math.ceil(len(inputs) / BATCH))  # alike: a last one of a single example has no variance
     net = copy.deepcopy(task.template).to(device).eval()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
@@ -54,7 +59,7 @@ def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device
         net.load_state_dict(task.structure.state_dict(row))
         for norm in norms:
             norm.reset_running_stats()
-        for batch in inputs.split(BATCH):
+        for batch in batches:
             net(batch)
         state = net.state_dict()
         for spec in statistics:

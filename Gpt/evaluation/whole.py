@@ -27,7 +27,7 @@ from Gpt.evaluation.judge import EvaluationConfig, Judge, Progress
 from Gpt.evaluation.novelty import Bank, Measured, former_runs_note, novelty
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import tensor_stds
-from Gpt.evaluation.recalibration import EXAMPLES, check_recalibration, recalibrated
+from Gpt.evaluation.recalibration import check_recalibration, examples, recalibrated
 from Gpt.evaluation.results import Results, Row
 from Gpt.evaluation.statistics import bootstrap_interval
 from Gpt.evaluation.writing import Request
@@ -165,7 +165,8 @@ class WholeJudge(Judge):
         took = {"seconds": price.seconds, "flops": price.flops}
         sets = [Networks(f"{config.label}, written from noise", "generator", weights, details=took)]
         if config.recalibrate:
-            name, note = f"{config.label}, statistics re-estimated", f"batch norm saw {EXAMPLES:,} training images"
+            name = f"{config.label}, statistics re-estimated"
+            note = f"batch norm saw {examples(self.task):,} training images"
             sets.append(Networks(name, "generator", recalibrated(self.task, weights, self.device), note))
         return sets, price
 

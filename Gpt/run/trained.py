@@ -34,6 +34,7 @@ from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.population import test_population
 from Gpt.evaluation.prompting import Starts
 from Gpt.evaluation.reading import kept_reader
+from Gpt.evaluation.recalibration import recalibrated
 from Gpt.evaluation.writing import Request, Writer
 from Gpt.generator import Generator, Prompt
 from Gpt.masks import MaskSplit
@@ -215,6 +216,14 @@ class TrainedRun:
             raise ConfigError(f"task {self.task.name!r} is one task for each class mask; say which by mask=…")
         chosen = mask_of_bits(mask, len(self._classes)) if isinstance(mask, str) else mask
         return test_population(self.task, weights, split, chosen.expand(len(weights), -1))
+
+    def recalibrated(self, weights: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+        """The same networks with batch-norm statistics re-estimated on training images.
+
+        Raises:
+            ConfigError: they have none, or the task has no training data.
+        """
+        return recalibrated(self.task, weights.to(self.device), self.device)
 
     def network(self, weights: Float[Tensor, " D"]) -> nn.Module:
         """The task's module with these weights, on the CPU, for evaluation."""

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import EVEN, MASKED, SHORT, TINY, experiment, store_rpg
+from small_runs import EVEN, MASKED, SHORT, TINY, experiment, store_generator, store_rpg
 
 from Gpt.errors import CheckpointError, ConfigError
 from Gpt.evaluation.prompting import Starts
+from Gpt.generator import Batch
 from Gpt.run.folder import create_folder
 from Gpt.run.trained import TrainedRun, Wish
 from playground import PlaygroundConfig, play
@@ -154,3 +155,56 @@ def test_a_generator_from_noise_that_is_told_a_metric_starts_nowhere(tmp_path, m
 def test_a_single_task_takes_no_mask(here):
     with pytest.raises(ConfigError, match="'digits_loss' is a single task.*digits_mask_rpg"):
         play(experiment(*TINY), PlaygroundConfig(mask=EVEN))
+
+
+NORMALISED = """
+import torch
+from torch import nn
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+TASK_METADATA = {
+    "normalised": {
+        "task_test_fn": lambda x, y, net: torch.nn.functional.cross_entropy(net(x), y),
+        "constructor": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)),
+        "data_fn": lambda: (X, (X[:, 0] > 0).long()),
+        "train_data_fn": lambda: (X, (X[:, 0] > 0).long()),
+        "minimize": True,
+        "best_prompt": 0.0,
+        "recursive_prompt": 0.0,
+        "metric": "loss",
+    }
+}
+"""
+
+
+def test_statistics_are_re_estimated_where_that_is_asked_for_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_tasks.py").write_text(NORMALISED, encoding="utf-8")
+    settings = ("task_modules=[my_tasks.py]", "task=normalised", "generator=rpg", "generator.policy=within_layer")
+    trained = experiment(*MASKED, *settings, "condition=none", name="base")
+    task = trained.task
+    trained.generator.fit(Batch(torch.rand(8, task.structure.size) + 0.5))
+    store_generator(trained)
+    plain = play(trained, PlaygroundConfig(**SHORT, out="plain"))
+    assert "re-estimated" not in capsys.readouterr().out
+    fresh = play(trained, PlaygroundConfig(**SHORT, out="fresh", recalibrate=True))
+    assert "batch-norm statistics re-estimated on 60 training images" in capsys.readouterr().out
+    before, after = (json.loads((folder / "networks.json").read_text()) for folder in (plain, fresh))
+    assert (before["options"]["recalibrate"], after["options"]["recalibrate"]) == (False, True)
+    assert before["walk"]["validation_loss"] != after["walk"]["validation_loss"]
+    inputs, _ = task.data("train")
+    for entry in after["networks"]:
+        old, new = (load_file(folder / entry["file"]) for folder in (plain, fresh))
+        changed = {name for name in new if not torch.equal(new[name], old[name])}
+        assert changed == {"1.running_mean", "1.running_var"}
+        hidden = inputs @ new["0.weight"].T + new["0.bias"]
+        torch.testing.assert_close(new["1.running_mean"], hidden.mean(0), atol=1e-4, rtol=1e-4)
+        network = task.constructor().eval()
+        network.load_state_dict(new)
+        assert entry["test_loss"] == pytest.approx(task.score(network, "test").item(), rel=1e-4)
+
+
+def test_statistics_that_are_not_there_are_not_re_estimated(here):
+    with pytest.raises(ConfigError, match="no batch-norm statistics"):
+        play(experiment(*TINY), PlaygroundConfig(**SHORT, recalibrate=True))
+    assert not Path("runs/tiny/playground").exists()

@@ -202,6 +202,19 @@ def test_the_loss_is_the_mean_over_all_weights_and_no_padding():
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("token_batch", "networks"), [(7, 1), (50, 2), (None, 5)])
+@pytest.mark.parametrize("settings", [{"identities": 3}, {"condition": "full", "conditions": MASK}])
+def test_prototypes_are_of_no_more_networks_at_once_than_have_so_many_tokens(settings, token_batch, networks):
+    model, seen = build(**settings, token_batch=token_batch), []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    prompt = {
+        name: value for name, value in zoo(5).prompt.items() if (name == "identity") == ("identities" in settings)
+    }
+    model.sample(prompt, count=5, seed=1)
+    assert max(seen) == networks and sum(seen) == 5
+
+
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("condition, conditions, prompt", [("none", {}, {}), ("full", MASK, zoo(3).prompt)])
 def test_batches_of_tokens_write_the_same_networks(condition, conditions, prompt):
     prompt = {name: value for name, value in prompt.items() if name in conditions}

@@ -74,8 +74,18 @@ def test_a_network_with_broken_statistics_is_mended(task):
     assert errors[1] > errors[0] + 20 and errors[2] < errors[0] + 2
 
 
+def test_no_batch_is_a_single_example(task, weights):
+    """Batch norm over vectors has no variance of one, and the last of 501 must not count as much as 500."""
+    small = replace(task, train_data_fn=lambda: blobs(501, 0))
+    inputs, structure = small.data("train")[0], task.structure
+    for old, new in zip(weights, recalibrated(small, weights, "cpu"), strict=True):
+        before, after = structure.unflatten(old), structure.unflatten(new)
+        hidden = inputs @ before["0.weight"].T + before["0.bias"]
+        torch.testing.assert_close(after["1.running_mean"], hidden.mean(0), atol=0.02, rtol=0)
+
+
 def test_an_architecture_without_statistics_is_refused(task, weights):
     plain = replace(task, constructor=lambda: nn.Linear(6, 3))
     assert has_statistics(task.structure) and not has_statistics(plain.structure)
-    with pytest.raises(ConfigError, match="evaluation.recalibrate"):
+    with pytest.raises(ConfigError, match="no batch-norm statistics"):
         recalibrated(plain, torch.zeros(1, plain.structure.size), "cpu")
