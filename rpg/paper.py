@@ -188,7 +188,10 @@ class RpgPaper(Generator):
 
     def __init__(self, structure: Structure, conditions: Conditions, objective: Objective, config: RpgPaperConfig):
         if objective.prediction != "eps":
-            raise ConfigError(f"published RPG predicts noise; objective.prediction={objective.prediction} does not fit")
+            raise ConfigError(
+                f"published RPG predicts noise; objective.prediction={objective.prediction} does not fit, "
+                "objective=ddpm_eps does"
+            )
         size = PAPER_SIZES.get(config.size)
         if size is None:
             raise ConfigError(f"generator.size={config.size!r} does not exist; choose one of {', '.join(PAPER_SIZES)}")

@@ -1,6 +1,7 @@
 """Every generator by its name in `configs/generator`, and how a run's configuration becomes one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from Gpt.conditions import PROMPT_FEATURES, Conditions, prompt_features
@@ -42,11 +43,23 @@ def build_generator(config: RunConfig, structure: Structure, text: int = PROMPT_
     if name not in GENERATORS:
         raise ConfigError(f"generator.name={name} is unknown; {nearest(str(name), GENERATORS)}")
     config_class, build = GENERATORS[name]
+    _check_settings(name, settings)
     own: Any = checked(config_class, settings, "generator.")
     features = prompt_features(config.condition.names, text)
     with own_random_state(derive_seed(config.seed, "generator")):
         conditions = Conditions(features, getattr(own, "width", 1), config.condition.dropout)
         return build(structure, conditions, build_objective(config.objective), own)
+
+
+def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse those of another generator, which a configuration that sets them passes on to any generator=OPTION."""
+    own = {field.name for field in fields(GENERATORS[name][0])}
+    for key in settings.keys() - own:
+        if owners := [owner for owner, (config, _) in GENERATORS.items() if key in {f.name for f in fields(config)}]:
+            raise ConfigError(
+                f"generator.{key} is a setting of {', '.join(owners)}, not of {name}; leave it out, with "
+                f"'~generator.{key}' where the configuration sets it"
+            )
 
 
 def build_objective(settings: ObjectiveConfig) -> Objective:

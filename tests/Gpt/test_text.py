@@ -81,7 +81,7 @@ def test_other_sentences_are_read_as_if_no_name_were_known(reader, monkeypatch):
         assert torch.equal(reading.probabilities, before.probabilities) and reading.fits == before.fits
 
 
-@pytest.mark.parametrize("sentence", ["musical instruments", "find all guitars", "cats except cats"])
+@pytest.mark.parametrize("sentence", ["musical instruments", "find all guitars", "cats except cats", "", "?!"])
 def test_a_sentence_that_fits_no_class_says_so(reader, sentence):
     reading = reader.read(sentence)
     assert not reading.fits and not reading.mask.any() and reading.names == []

@@ -64,6 +64,8 @@ def test_unknown_names_are_told_with_the_nearest(structure):
         build_generator(RunConfig(generator=SMALL | {"name": "gpd"}), structure)
     with pytest.raises(ConfigError, match="generator.widht.*did you mean 'width'"):
         build_generator(RunConfig(generator=SMALL | {"widht": 3}), structure)
+    with pytest.raises(ConfigError, match="generator.size is a setting of rpg_paper.*, not of gpt.*'~generator.size'"):
+        build_generator(RunConfig(generator=SMALL | {"size": "tiny"}), structure)
     with pytest.raises(ConfigError, match="objective.name=flwo is unknown; did you mean 'flow'"):
         build_objective(ObjectiveConfig(name="flwo"))
     assert {"gpt", "gpt_paper", "rpg", "rpg_paper", "pdiff", "hyperconv", "query"} == set(GENERATORS)
