@@ -37,7 +37,8 @@ class DistillationConfig:
     Attributes:
         weight: of the divergence; 0 to learn from weights alone.
         loss_weight: of the difference of the two losses, whatever its sign, as a multiple of `weight`.
-        examples: drawn at random for every batch; all its networks see the same ones.
+        examples: drawn at random for every group of a batch's networks, which all see the same ones.
+        groups: how many; a step compares behaviour on so many times as many examples, each network at the same cost.
         after: share of the training that is spent on weights alone before; while estimates are far off, what they do
             says little about how to improve them, and its steep gradients are in the way.
     """
@@ -45,6 +46,7 @@ class DistillationConfig:
     weight: NonNegativeFloat = 0.0
     loss_weight: NonNegativeFloat = 0.0
     examples: PositiveInt = 128
+    groups: PositiveInt = 8
     after: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
@@ -61,21 +63,31 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
         example = behaviour.examples(1, torch.Generator(device))[0]
         return prepared(with_differentiable_statistics(with_shared_inputs(task.template)), example)[0]
 
-    def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
+    def differences(
+        estimate: Float[Tensor, "B D"],
+        target: Float[Tensor, "B D"],
+        masks: Float[Tensor, "B classes"] | None,
+        rng: torch.Generator,
+    ) -> Float[Tensor, " B"]:
         net = network(estimate.device)
         inputs, *known = behaviour.examples(config.examples, rng)
 
         def outputs(weights: Tensor) -> Tensor:
             return functional_call(net, structure.unflatten(weights), (inputs,), tie_weights=True)
 
-        found, wanted = vmap(outputs)(estimate), vmap(outputs)(batch.target)
+        found, wanted = vmap(outputs)(estimate), vmap(outputs)(target)
         terms = behaviour.divergence(found, wanted)
         if config.loss_weight:
             assert behaviour.loss is not None
-            known = [_of_each_network(batch, each) for each in known]
+            known = [_of_each_network(masks, each) for each in known]
             gap = behaviour.loss(found, *known) - behaviour.loss(wanted, *known)
             terms = terms + config.loss_weight * gap.abs()
-        return config.weight * terms.mean()
+        return terms
+
+    def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
+        groups = [estimate.chunk(config.groups), batch.target.chunk(config.groups)]
+        masks = [None] * len(groups[0]) if batch.masks is None else batch.masks.chunk(config.groups)
+        return config.weight * torch.cat([differences(*g, rng) for g in zip(*groups, masks, strict=True)]).mean()
 
     return term
 
@@ -108,6 +120,6 @@ def _predictions(task: Task) -> Behaviour | None:
     return Behaviour(training_examples, prediction_divergence, prediction_loss)
 
 
-def _of_each_network(batch: Batch, labels: Int[Tensor, " N"]) -> Int[Tensor, "#B N"]:
+def _of_each_network(masks: Float[Tensor, "B classes"] | None, labels: Int[Tensor, " N"]) -> Int[Tensor, "#B N"]:
     """The labels that each network was trained on: those of its class mask, if it has one."""
-    return labels[None] if batch.masks is None else label_map(batch.masks > 0.5)[:, labels]
+    return labels[None] if masks is None else label_map(masks > 0.5)[:, labels]

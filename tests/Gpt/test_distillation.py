@@ -21,7 +21,7 @@ from Gpt.seeds import rng
 from Gpt.tasks import get_task
 from rpg.generator import Rpg, RpgConfig
 
-EVERY = DistillationConfig(weight=2.0, examples=50)
+EVERY = DistillationConfig(weight=2.0, examples=50, groups=1)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,24 @@ def test_is_the_divergence_on_the_drawn_examples(task, networks):
     torch.testing.assert_close(found.detach().double(), 2 * torch.stack(divergences).mean(), rtol=1e-5, atol=1e-7)
     (gradient,) = torch.autograd.grad(found, estimate)
     assert gradient.count_nonzero() > 0.9 * gradient.numel()
+
+
+@pytest.mark.parametrize(("groups", "sizes"), [(2, [2, 2]), (3, [2, 2]), (9, [1, 1, 1, 1])])
+def test_every_group_of_networks_has_examples_of_its_own(groups, sizes):
+    """Of masks too: each network keeps its own."""
+    task = get_task("digits_mask")
+    estimate, target = (
+        3 * stack_initial(task.constructor, task.structure, seeds) for seeds in ([1, 2, 3, 4], [5, 6, 7, 8])
+    )
+    masks = torch.eye(10)[:4]
+    config = dataclasses.replace(EVERY, loss_weight=0.5, groups=groups)
+    found = distillation(task, config)(Batch(target, masks=masks), estimate, rng("cpu", 5))
+
+    stream, alone = rng("cpu", 5), distillation(task, dataclasses.replace(config, groups=1))
+    parts = zip(estimate.split(sizes), target.split(sizes), masks.split(sizes), strict=True)
+    terms = [len(e) * alone(Batch(t, masks=m), e, stream) for e, t, m in parts]
+    torch.testing.assert_close(found, sum(terms) / 4)
+    assert not torch.isclose(found, alone(Batch(target, masks=masks), estimate, rng("cpu", 5)), rtol=1e-3)
 
 
 def test_only_what_a_network_does_counts(task, networks):
@@ -127,7 +145,7 @@ def test_policies_are_compared_by_their_actions():
 
 def test_the_second_term_is_the_difference_of_the_losses(task, networks):
     estimate, target = networks[:2], networks[2:]
-    batch, config = Batch(target), DistillationConfig(weight=2.0, loss_weight=0.5, examples=50)
+    batch, config = Batch(target), dataclasses.replace(EVERY, loss_weight=0.5)
     plain = distillation(task, EVERY)(batch, estimate, rng("cpu", 5))
     found = distillation(task, config)(batch, estimate, rng("cpu", 5)) - plain
     data = task.data("train")
