@@ -85,9 +85,10 @@ def distillation(task: Task, config: DistillationConfig) -> Distillation:
         return terms
 
     def term(batch: Batch, estimate: Float[Tensor, "B D"], rng: torch.Generator) -> Float[Tensor, ""]:
-        groups = [estimate.chunk(config.groups), batch.target.chunk(config.groups)]
-        masks = [None] * len(groups[0]) if batch.masks is None else batch.masks.chunk(config.groups)
-        return config.weight * torch.cat([differences(*g, rng) for g in zip(*groups, masks, strict=True)]).mean()
+        estimates, targets = estimate.chunk(config.groups), batch.target.chunk(config.groups)
+        masks = [None] * len(estimates) if batch.masks is None else batch.masks.chunk(config.groups)
+        groups = zip(estimates, targets, masks, strict=True)
+        return config.weight * torch.cat([differences(e, t, m, rng) for e, t, m in groups]).mean()
 
     return term
 
