@@ -166,8 +166,13 @@ def train(
         if _due(state.step, config.log_every):
             value = distributed.total(running).item() / (state.step - since)
             _check_finite("loss", value, state.step, config)
-            facts = {"train/loss": value, "train/grad_norm": norm.item(), "train/phase": generator.phase(batch)}
-            logger.log({**facts, "train/learning_rate": session.learning_rate}, state.step)
+            facts = {
+                "train/loss": value,
+                "train/grad_norm": norm.item(),
+                "train/learning_rate": session.learning_rate,
+                "train/phase": generator.phase(batch),
+            }
+            logger.log(facts, state.step)
             running.zero_()
             since = state.step
 

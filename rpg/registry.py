@@ -54,7 +54,7 @@ def build_generator(config: RunConfig, structure: Structure, text: int = PROMPT_
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """Refuse those of another generator, which a configuration that sets them passes on to any generator=OPTION."""
     own = {field.name for field in fields(GENERATORS[name][0])}
-    for key in settings.keys() - own:
+    for key in (key for key in settings if key not in own):
         if owners := [owner for owner, (config, _) in GENERATORS.items() if key in {f.name for f in fields(config)}]:
             raise ConfigError(
                 f"generator.{key} is a setting of {', '.join(owners)}, not of {name}; leave it out, with "
