@@ -38,7 +38,7 @@ class DistillationConfig:
         weight: of the divergence; 0 to learn from weights alone.
         loss_weight: of the difference of the two losses, whatever its sign, as a multiple of `weight`.
         examples: drawn at random for every group of a batch's networks, which all see the same ones.
-        groups: how many; a step compares behaviour on so many times as many examples, each network at the same cost.
+        groups: how many; a step compares behaviour on so many times as many examples, by the same arithmetic.
         after: share of the training that is spent on weights alone before; while estimates are far off, what they do
             says little about how to improve them, and its steep gradients are in the way.
     """
