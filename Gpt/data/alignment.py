@@ -75,23 +75,41 @@ def permutation_distance(
 ) -> Float[Tensor, "n m"]:
     """L2 distance of every pair of networks, minimum over permutations of hidden units.
 
-    Exact where `is_exact` holds, else the upper bound that weight matching finds.
+    Exact where `is_exact` holds, else the upper bound that weight matching finds: everything is aligned to one common
+    reference, from where each pair is improved; never more than the distance of the two as they are.
 
     Args:
-        candidates: match, for every row, only this many networks of `b`: the nearest once everything is aligned to
-            one common reference. The other entries then hold their distance in that common alignment, an upper bound
-            too. All of `b` when None.
+        candidates: improve, for every row, only this many pairs: the nearest in that common alignment. The other
+            entries then hold their distance in it, an upper bound too. All when None.
     """
+    distances, (a, b) = _common_distances(a, b, structure)
     if not structure.groups:
-        return _distances(a, b)
-    if candidates is None or candidates >= len(b):
-        distances = torch.full((len(a), len(b)), torch.inf, device=a.device)
-        columns = torch.arange(len(b), device=a.device).expand(len(a), -1)
-    else:
-        distances = _distances(*(_canonical(rows, b[0], structure) for rows in (a, b)))
-        columns = distances.topk(candidates, dim=1, largest=False).indices
-    matched = _pair_distances(a.repeat_interleave(columns.shape[1], 0), b, columns.flatten(), structure)
+        return distances
+    columns = distances.topk(min(candidates or len(b), len(b)), dim=1, largest=False).indices
+    rows = torch.arange(len(a), device=a.device)[:, None].expand_as(columns)
+    matched = _pair_distances(a, b, rows.flatten(), columns.flatten(), structure)
     return distances.scatter_reduce(1, columns, matched.view(columns.shape), "amin")
+
+
+def mutual_distance(networks: Float[Tensor, "n D"], structure: Structure) -> Float[Tensor, " pairs"]:
+    """`permutation_distance` of every two of the networks."""
+    distances, (aligned, _) = _common_distances(networks, networks, structure)
+    rows, columns = torch.triu_indices(len(networks), len(networks), offset=1, device=networks.device)
+    if not structure.groups:
+        return distances[rows, columns]
+    return distances[rows, columns].minimum(_pair_distances(aligned, aligned, rows, columns, structure))
+
+
+def _common_distances(
+    a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], structure: Structure
+) -> tuple[Float[Tensor, "n m"], tuple[Float[Tensor, "n D"], Float[Tensor, "m D"]]]:
+    """Distances in one common order of the units, or of the networks as they are where that is nearer; and all
+    networks in that order."""
+    distances = _distances(a, b)
+    if not structure.groups:
+        return distances, (a, b)
+    aligned = _canonical(a, b[0], structure), _canonical(b, b[0], structure)
+    return distances.minimum(_distances(*aligned)), aligned
 
 
 def _distances(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"]) -> Float[Tensor, "n m"]:
@@ -100,15 +118,19 @@ def _distances(a: Float[Tensor, "n D"], b: Float[Tensor, "m D"]) -> Float[Tensor
 
 
 def _pair_distances(
-    a: Float[Tensor, "pairs D"], b: Float[Tensor, "m D"], partner: Int[Tensor, " pairs"], structure: Structure
+    a: Float[Tensor, "n D"],
+    b: Float[Tensor, "m D"],
+    rows: Int[Tensor, " pairs"],
+    partners: Int[Tensor, " pairs"],
+    structure: Structure,
 ) -> Float[Tensor, " pairs"]:
-    """Distance of every row of `a` to its partner in `b` after matching the partner to it."""
-    size = max(1, PAIR_ELEMENTS // structure.size)
-    parts = [
-        (align(b[chosen], rows, structure)[0] - rows).norm(dim=1)
-        for rows, chosen in zip(a.split(size), partner.split(size), strict=True)
-    ]
-    return torch.cat(parts).nan_to_num(torch.inf, posinf=torch.inf)
+    """Distance of rows of `a` to partners in `b`, which are matched to them from the order that they have."""
+    size = max(1, (ELEMENTS if a.is_cuda else PAIR_ELEMENTS) // structure.size)
+    distances = []
+    for row, partner in zip(rows.split(size), partners.split(size), strict=True):
+        matching = _descend(_Matching.identity(b[partner], a[row], structure))
+        distances.append((structure.flatten(matching.current) - a[row]).norm(dim=1))
+    return torch.cat(distances).nan_to_num(torch.inf, posinf=torch.inf)
 
 
 @dataclass(frozen=True)
@@ -128,13 +150,24 @@ class _Matching:
     def touched(self, group: str) -> list[TensorSpec]:
         return [t for t in self.structure.tensors if group in t.groups]
 
+    def neighbours(self, group: str) -> set[str]:
+        """Groups whose best assignment depends on the order of this one: itself too, where a tensor has it twice."""
+        beside = {g for t in self.touched(group) for g in t.groups if g is not None and g != group}
+        return beside | {group for t in self.touched(group) if t.groups.count(group) > 1}
+
     def similarity(self, tensors: Collection[TensorSpec]) -> Float[Tensor, " R"]:
         """Inner product with the reference over some of the tensors."""
         products = [(self.reference[t.name] * self.current[t.name]).flatten(1).sum(1) for t in tensors]
         return torch.stack(products).sum(0)
 
-    def best_assignment(self, group: str, tensors: Collection[TensorSpec]) -> Int[Tensor, "R n"]:
-        """For every unit of the reference, the current unit most similar to it by these tensors, one to one."""
+    def best_assignment(
+        self, group: str, tensors: Collection[TensorSpec], rows: Bool[Tensor, " R"] | None = None
+    ) -> Int[Tensor, "R n"]:
+        """For every unit of the reference, the current unit most similar to it by these tensors, one to one.
+
+        Args:
+            rows: networks to do this for, all by default; the units of any other stay where they are.
+        """
         count, products = self.structure.groups[group], []
         for t in tensors:
             for axis in _axes(t, group):
@@ -143,7 +176,10 @@ class _Matching:
         matrices = torch.stack(products).sum(0).nan_to_num()
         best = matrices.argmax(dim=2)
         # Where no two units have the same favourite, nothing is better; snapshots of one training are like that.
-        rivals = (best.sort(dim=1).values != torch.arange(count, device=best.device)).any(dim=1)
+        order = torch.arange(count, device=best.device)
+        rivals = (best.sort(dim=1).values != order).any(dim=1)
+        if rows is not None:
+            best, rivals = torch.where(rows[:, None], best, order), rivals & rows
         for row in rivals.nonzero().flatten().tolist():
             assigned = linear_sum_assignment(matrices[row].cpu().numpy(), maximize=True)[1]
             best[row] = torch.from_numpy(assigned).to(best.device)
@@ -200,18 +236,27 @@ def _match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "*one_or_R D"
 
 
 def _descend(matching: _Matching) -> _Matching:
-    """Coordinate descent over the groups; a step is taken for the networks that it brings nearer to their reference."""
-    norms = [matching.structure.flatten(side).norm(dim=1) for side in (matching.reference, matching.current)]
+    """Coordinate descent over the groups; a step is taken for the networks that it brings nearer to their reference.
+
+    A group is looked at again only for networks where another one, with which it shares a tensor, has moved since.
+    """
+    structure = matching.structure
+    norms = [structure.flatten(side).norm(dim=1) for side in (matching.reference, matching.current)]
     tolerance = 1e-5 * norms[0] * norms[1]  # a smaller gain is a rounding error
+    stale = {group: torch.ones_like(tolerance, dtype=torch.bool) for group in structure.groups}
     for _ in range(MAX_SWEEPS):
-        moved = False
-        for group in matching.structure.groups:
+        for group in structure.groups:
+            rows = stale[group]
+            if not rows.any():
+                continue
             touched = matching.touched(group)
-            proposal = matching.permuted(group, matching.best_assignment(group, touched))
+            proposal = matching.permuted(group, matching.best_assignment(group, touched, rows))
             better = proposal.similarity(touched) > matching.similarity(touched) + tolerance
             matching = matching.where(better, proposal)
-            moved = moved or bool(better.any())
-        if not moved:
+            stale[group] = torch.zeros_like(rows)
+            for neighbour in matching.neighbours(group):
+                stale[neighbour] = stale[neighbour] | better
+        if not any(bool(rows.any()) for rows in stale.values()):
             break
     return matching
 

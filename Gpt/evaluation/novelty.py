@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from Gpt.data.alignment import permutation_distance
+from Gpt.data.alignment import mutual_distance, permutation_distance
 from Gpt.data.zoo import Zoo
 from Gpt.evaluation.baselines import best_stored, final_stored
 from Gpt.evaluation.population import correct_population
@@ -15,7 +15,7 @@ from Gpt.evaluation.results import Novelty
 from Gpt.evaluation.statistics import bootstrap_interval, data_copying_z, overlap
 from Gpt.tasks import Task
 
-SPREAD_NETWORKS = 16  # 240 pairs to match
+SPREAD_NETWORKS = 16  # 120 pairs to match
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Bank:
         some = weights[:SPREAD_NETWORKS]
         if len(some) < 2:
             return None
-        distances = permutation_distance(some, some, self.task.structure)
-        return float(distances.sum() - distances.trace()) / (len(some) * (len(some) - 1))
+        return float(mutual_distance(some, self.task.structure).mean())
 
     def overlap(
         self, weights: Float[Tensor, "n D"], own: Int[Tensor, " n"] | None = None
