@@ -6,8 +6,10 @@ assigned by the Hungarian algorithm while all others stay, until nothing improve
 """
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
@@ -18,10 +20,12 @@ from Gpt.structure import Structure, TensorSpec
 Permutations = dict[str, Int[Tensor, "R n"]]
 Tensors = dict[str, Float[Tensor, "R ..."]]
 MAX_SWEEPS = 30
-# Weights of one batch of pairs: keeps its few copies in tens of megabytes.
+# Weights of one batch of pairs on a CPU: keeps its few copies in tens of megabytes, where a network is smaller.
 PAIR_ELEMENTS = 2**22
 # Weights that are aligned at once: half a GiB, of which there are a few copies.
 ELEMENTS = 2**27
+# Assignments of fewer units take less time than handing them to a thread.
+THREADED_UNITS = 64
 
 
 def is_exact(structure: Structure) -> bool:
@@ -125,7 +129,8 @@ def _pair_distances(
     structure: Structure,
 ) -> Float[Tensor, " pairs"]:
     """Distance of rows of `a` to partners in `b`, which are matched to them from the order that they have."""
-    size = max(1, (ELEMENTS if a.is_cuda else PAIR_ELEMENTS) // structure.size)
+    several = PAIR_ELEMENTS // structure.size
+    size = networks_at_once(structure) if a.is_cuda or not several else several
     distances = []
     for row, partner in zip(rows.split(size), partners.split(size), strict=True):
         matching = _descend(_Matching.identity(b[partner], a[row], structure))
@@ -180,9 +185,7 @@ class _Matching:
         rivals = (best.sort(dim=1).values != order).any(dim=1)
         if rows is not None:
             best, rivals = torch.where(rows[:, None], best, order), rivals & rows
-        for row in rivals.nonzero().flatten().tolist():
-            assigned = linear_sum_assignment(matrices[row].cpu().numpy(), maximize=True)[1]
-            best[row] = torch.from_numpy(assigned).to(best.device)
+        best[rivals] = _assigned(matrices[rivals])
         return best
 
     def permuted(self, group: str, assignment: Int[Tensor, "R n"]) -> "_Matching":
@@ -259,6 +262,24 @@ def _descend(matching: _Matching) -> _Matching:
         if not any(bool(rows.any()) for rows in stale.values()):
             break
     return matching
+
+
+def _assigned(similarities: Float[Tensor, "R n n"]) -> Int[Tensor, "R n"]:
+    """For every row of each matrix a column, one to one, such that the entries where they meet sum to the most."""
+    matrices = similarities.cpu().numpy()
+    assigned = np.empty(matrices.shape[:2], dtype=np.int64)
+
+    def solve(network: int) -> None:
+        assigned[network] = linear_sum_assignment(matrices[network], maximize=True)[1]
+
+    count, units = len(matrices), matrices.shape[1]
+    if count < 2 or units < THREADED_UNITS:
+        for network in range(count):
+            solve(network)
+    else:
+        with ThreadPoolExecutor(min(count, torch.get_num_threads())) as threads:  # SciPy leaves Python's lock
+            list(threads.map(solve, range(count)))
+    return torch.from_numpy(assigned).to(similarities.device)
 
 
 def _axes(spec: TensorSpec, group: str) -> list[int]:

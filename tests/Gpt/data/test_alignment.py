@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from Gpt.data import alignment
-from Gpt.data.alignment import align, is_exact, permutation_distance
+from Gpt.data.alignment import align, is_exact, mutual_distance, permutation_distance
 from Gpt.networks import MLP, CartPoleActor, ConvNet
 from Gpt.population.functional import Population, stack_initial
 from Gpt.structure import Structure
@@ -151,11 +151,32 @@ def test_how_many_are_aligned_at_once_changes_nothing(name, monkeypatch):
         assert all(torch.equal(same[group], permutations[group]) for group in structure.groups)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_several_threads_assign_as_one_does(name, monkeypatch):
+    structure, weights = networks(CASES[name][0], 6)
+    alone = align(shuffled(structure, weights), weights[0], structure)[0]
+    monkeypatch.setattr(alignment, "THREADED_UNITS", 2)
+    assert torch.equal(align(shuffled(structure, weights), weights[0], structure)[0], alone)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mutual_distances_are_those_of_every_pair_once(name):
+    structure, weights = networks(CASES[name][0], 5)
+    copies = shuffled(structure, weights[:2], seed=1)
+    found = mutual_distance(torch.cat([weights, copies]), structure)
+    pairs = permutation_distance(*[torch.cat([weights, copies])] * 2, structure)
+    rows, columns = torch.triu_indices(7, 7, offset=1)
+    torch.testing.assert_close(found, pairs[rows, columns])
+    assert (found == 0).sum() == 2, "each copy lies on its original, in whatever order its units are"
+
+
 def test_without_groups_it_is_the_plain_distance_and_networks_stay():
     structure, weights = networks(small_mlp, 4)
     structure = Structure.of(small_mlp())
     assert torch.equal(align(weights, weights[0], structure)[0], weights)
-    torch.testing.assert_close(permutation_distance(weights, weights[:2], structure), torch.cdist(weights, weights[:2]))
+    plain = torch.cdist(weights, weights)
+    torch.testing.assert_close(permutation_distance(weights, weights[:2], structure), plain[:, :2])
+    torch.testing.assert_close(mutual_distance(weights, structure), plain[*torch.triu_indices(4, 4, offset=1)])
 
 
 def test_broken_networks_are_infinitely_far():
