@@ -4,13 +4,18 @@ Data flow of one denoising step, for a batch of B networks:
 
     x = (target - mean) / std                   per tensor: every layer counts alike
     x_t = alpha x + sigma noise                 the objective's path
-    x_hat = transformer(x_t, start, prompt, t)  over hidden units and the weights between them, equivariant under
+    x_hat = transformer(x_t, start, x_hat before, prompt, t)
+                                                over hidden units and the weights between them, equivariant under
                                                 renaming units at any depth, see Gpt.models.graph_transformer
 
 What is estimated is where training arrives, not how far that is from the start: such steps would add up when an update
 is updated again, and the networks grow with every one. And as no snapshot of any training looks like what a generator
 wrote, training starts from that, too (`WRITTEN_SHARE`), as imitation learning visits the states that its own policy
 leads to (Ross et al. 2011, arXiv 1011.0686).
+
+The transformer reads what it estimated before (self-conditioning, Chen et al. 2022, arXiv 2208.04202): for half of the
+training examples that is its estimate without one, in sampling its last, at every noise level `rounds` times, as in the
+recycling of protein structures (Jumper et al. 2021). One update then improves its own network as several updates would.
 """
 
 import math
@@ -35,6 +40,9 @@ from Gpt.structure import Structure
 WRITTEN_SHARE = 0.125
 """Share of the training examples that start from what the generator wrote."""
 
+RECALLED_SHARE = 0.5
+"""Share of the training examples of which the generator reads an estimate that it made before."""
+
 
 @dataclass(frozen=True)
 class GptConfig:
@@ -44,6 +52,7 @@ class GptConfig:
         width, depth, heads: of the transformer.
         channels: of each weight between two hidden layers; without effect where there is but one.
         steps, sampler: default sampling.
+        rounds: evaluations of the transformer at each of these steps, every one of which reads the last one's estimate.
     """
 
     width: PositiveInt = 128
@@ -52,6 +61,7 @@ class GptConfig:
     channels: PositiveInt = 32
     sampler: str = "euler"
     steps: PositiveInt = 4
+    rounds: PositiveInt = 1
 
 
 class Gpt(Generator):
@@ -73,10 +83,10 @@ class Gpt(Generator):
             found = objective.prediction
             raise ConfigError(f"the G.pt generator predicts x0; objective.prediction={found} does not fit")
         super().__init__(structure, objective, config.sampler, config.steps)
-        self.conditions = conditions
+        self.conditions, self.rounds = conditions, config.rounds
         self.normalizer = Normalizer(structure)
         graph = NeuronGraph(structure)
-        self.network = GraphTransformer(graph, config.width, config.depth, config.heads, config.channels)
+        self.network = GraphTransformer(graph, config.width, config.depth, config.heads, config.channels, recalls=True)
         self._graphed = Graphed(self._estimate, self.network)
 
     def fit(self, batch: Batch) -> None:
@@ -98,7 +108,12 @@ class Gpt(Generator):
         start = self._partly_written(start, condition, rng)
         t = self.objective.draw_times(count, rng, device)
         noise = torch.randn(target.shape, generator=rng, device=device)
-        loss, estimate = self.objective.loss_and_estimate(self._network(start, condition), target, t, noise)
+        previous = self._partly_recalled(self.objective.noised(target, t, noise), t, start, condition)
+
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            return self._estimate(x_t, t, start, condition, previous)
+
+        loss, estimate = self.objective.loss_and_estimate(network, target, t, noise)
         return loss.mean() + self._distilled(batch, lambda: self.normalizer.decode(estimate), rng)
 
     def _partly_written(
@@ -108,11 +123,26 @@ class Gpt(Generator):
         count = math.ceil(WRITTEN_SHARE * len(start))
         given, wish = start[:count], condition[:count]
         noise = torch.randn(given.shape, generator=rng, device=start.device)
-        denoise = self.objective.denoiser(lambda x_t, t: self._estimate(x_t, t, given, wish))
+        blank = torch.zeros_like(given)
+        denoise = self.objective.denoiser(lambda x_t, t: self._estimate(x_t, t, given, wish, blank))
         with torch.compiler.set_stance("force_eager"):  # one more batch size would be one more compilation
             written = SAMPLERS[self.sampler](denoise, self.objective, noise, 1, rng)
         # Not under no_grad: autocast may keep the casts of the weights that it makes there, which have no gradient.
         return torch.cat([written.detach(), start[count:]])
+
+    def _partly_recalled(
+        self,
+        x_t: Float[Tensor, "B D"],
+        t: Float[Tensor, " B"],
+        start: Float[Tensor, "B D"],
+        condition: Float[Tensor, "B width"],
+    ) -> Float[Tensor, "B D"]:
+        """What the last of the examples are taken for at first; zeros, the mean of all weights, of the others."""
+        blank = torch.zeros_like(x_t)
+        rows = slice(len(x_t) - int(RECALLED_SHARE * len(x_t)), None)
+        with torch.compiler.set_stance("force_eager"):
+            first = self._estimate(x_t[rows], t[rows], start[rows], condition[rows], blank[rows])
+        return torch.cat([blank[: rows.start], first.detach()])
 
     def write(
         self,
@@ -125,14 +155,23 @@ class Gpt(Generator):
     ) -> Float[Tensor, "B D"]:
         assert start is not None
         begin = self.normalizer.encode(start)
-        with_prompt = self.objective.denoiser(self._network(begin, self.conditions(prompt, len(start))))
-        without = self.objective.denoiser(self._network(begin, self.conditions({}, len(start))))
+        with_prompt = self.objective.denoiser(self._recalling(begin, self.conditions(prompt, len(start))))
+        without = self.objective.denoiser(self._recalling(begin, self.conditions({}, len(start))))
         return self.normalizer.decode(solve(guided(with_prompt, without, guidance), noise))
 
-    def _network(self, start: Tensor, condition: Tensor) -> Denoiser:
+    def _recalling(self, start: Tensor, condition: Tensor) -> Denoiser:
+        """The transformer as a sampler calls it, once for every noise level, from the noisiest on."""
         estimate = self._graphed if self.graphs else self._estimate
-        return lambda x_t, t: estimate(x_t, t, start, condition)
+        previous = torch.zeros_like(start)
 
-    def _estimate(self, x_t: Tensor, t: Tensor, start: Tensor, condition: Tensor) -> Tensor:
+        def network(x_t: Tensor, t: Tensor) -> Tensor:
+            nonlocal previous
+            for _ in range(self.rounds):
+                previous = estimate(x_t, t, start, condition, previous)
+            return previous
+
+        return network
+
+    def _estimate(self, x_t: Tensor, t: Tensor, start: Tensor, condition: Tensor, previous: Tensor) -> Tensor:
         alpha, sigma = self.objective.alpha_sigma(t)
-        return self.network(x_t, start, condition, alpha, sigma)
+        return self.network(x_t, start, condition, alpha, sigma, previous=previous)

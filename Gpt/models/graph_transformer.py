@@ -1,7 +1,7 @@
 """The denoiser of our generators: a transformer over the units of a network and over the weights that join them.
 
     noised, given [B, D]  --NeuronGraph-->  tokens [B, T, entries], joints [B, O, I, entries] each
-    --embed-->  units [B, T, width], joints [B, O, I, channels]
+    --embed-->  units [B, T, width], joints [B, O, I, channels]      (with what was estimated before, if that is read)
     --blocks-->  exchange along all joints, then attention and MLP of the units, time and request in every part
     --heads-->  tokens, joints  --NeuronGraph-->  estimate [B, D]
 
@@ -39,12 +39,13 @@ class GraphTransformer(nn.Module):
         graph: of the networks; a module, so that its indices follow the device.
         width, depth, heads: of the transformer.
         channels: of each weight between two hidden layers; without effect where there are none.
+        recalls: whether it reads an earlier estimate of its own (`previous`).
 
     Raises:
         ConfigError: the networks are too large to give all these weights states.
     """
 
-    def __init__(self, graph: Graph, width: int, depth: int, heads: int, channels: int):
+    def __init__(self, graph: Graph, width: int, depth: int, heads: int, channels: int, recalls: bool = False):
         super().__init__()
         pairs = sum(math.prod(joint.units) for joint in graph.joints)
         if pairs * channels > STATES:
@@ -58,8 +59,10 @@ class GraphTransformer(nn.Module):
         joined = [joint.entries for joint in graph.joints]
         self.embed = nn.ModuleList(_linear(n, width) for n in entries)
         self.embed_given = nn.ModuleList(_linear(n, width, bias=False) for n in entries)
+        self.embed_previous = nn.ModuleList(_linear(n, width, bias=False) for n in entries if recalls)
         self.embed_joints = nn.ModuleList(nn.Linear(n, channels) for n in joined)
         self.embed_given_joints = nn.ModuleList(nn.Linear(n, channels, bias=False) for n in joined)
+        self.embed_previous_joints = nn.ModuleList(nn.Linear(n, channels, bias=False) for n in joined if recalls)
         self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(GraphBlock(graph, width, heads, channels) for _ in range(depth))
         self.final = nn.Linear(width, 2 * width)
@@ -86,6 +89,7 @@ class GraphTransformer(nn.Module):
         alpha: Float[Tensor, " B"],
         sigma: Float[Tensor, " B"],
         codes: Float[Tensor, "#B T width"] | None = None,
+        previous: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, "B D"]:
         """
         Args:
@@ -93,14 +97,21 @@ class GraphTransformer(nn.Module):
             given: a network that says which weight is which, such as the one to start from.
             request: what is asked for.
             codes: what tells interchangeable tokens apart, if anything should.
+            previous: what it took these weights for before, 0 where it has not; needed if it `recalls`.
         """
         alpha, sigma = alpha[:, None], sigma[:, None]
         unit = (alpha.square() + sigma.square()).rsqrt()
-        (tokens, joints), (given_tokens, given_joints) = self.graph.encode(noised * unit), self.graph.encode(given)
-        x = torch.cat(_embedded(self.embed, tokens, self.embed_given, given_tokens), dim=1)
+        tokens, joints = self._embedded(noised * unit, self.embed, self.embed_joints)
+        read = [(given, self.embed_given, self.embed_given_joints)]
+        if previous is not None:
+            read.append((previous, self.embed_previous, self.embed_previous_joints))
+        for known, layers, joint_layers in read:
+            more, more_joints = self._embedded(known, layers, joint_layers)
+            tokens = [a + b for a, b in zip(tokens, more, strict=True)]
+            joints = [a + b for a, b in zip(joints, more_joints, strict=True)]
+        x = torch.cat(tokens, dim=1)
         if codes is not None:
             x = x + codes
-        joints = _embedded(self.embed_joints, joints, self.embed_given_joints, given_joints)
         level = (sigma / (alpha + sigma)).squeeze(1)
         condition = request + self.time(fourier_features(level, _TIME_OCTAVES))
         for block in self.blocks:
@@ -111,6 +122,14 @@ class GraphTransformer(nn.Module):
         tokens = [head(part) for head, part in zip(self.heads, parts, strict=True)]
         joints = [head(norm(joint)) for head, joint in zip(self.joint_heads, joints, strict=True)]
         return alpha * unit.square() * noised + sigma * unit * self.graph.decode(tokens, joints)
+
+    def _embedded(
+        self, weights: Float[Tensor, "B D"], layers: nn.ModuleList, joint_layers: nn.ModuleList
+    ) -> tuple[list[Float[Tensor, "B _ width"]], Joints]:
+        """The first states of all units, type by type, and of all weights between them, joint by joint."""
+        tokens, joints = self.graph.encode(weights)
+        units = [layer(entries) for layer, entries in zip(layers, tokens, strict=True)]
+        return units, [layer(entries) for layer, entries in zip(joint_layers, joints, strict=True)]
 
 
 class GraphBlock(Block):
@@ -180,11 +199,6 @@ class Exchange(nn.Module):
         to_rows = (said * self.weigh[1](columns)[:, None]).sum(2) / joint.shape[2] ** 0.5
         to_columns = (said * self.weigh[0](rows)[:, :, None]).sum(1) / joint.shape[1] ** 0.5
         return joint, gates[0] * self.tell[0](to_rows), gates[1] * self.tell[1](to_columns)
-
-
-def _embedded(layers: nn.ModuleList, noised: list[Tensor], given_layers: nn.ModuleList, given: list[Tensor]) -> list:
-    parts = zip(layers, noised, given_layers, given, strict=True)
-    return [layer(entries) + given_layer(known) for layer, entries, given_layer, known in parts]
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

@@ -15,7 +15,7 @@ from Gpt.networks import MLP, CartPoleActor
 from Gpt.seeds import rng
 from Gpt.structure import Structure
 
-CONFIG = GptConfig(width=16, depth=2, heads=2, channels=4)
+CONFIG = GptConfig(width=16, depth=2, heads=2, channels=4, rounds=2)
 STRUCTURE = Structure.of(MLP(6, 5, 3), MLP.symmetry)
 DEEP = Structure.of(CartPoleActor(), CartPoleActor.symmetry)
 WISH = {"target_metric": torch.tensor([[2.0, 0.5]]).expand(8, -1)}
@@ -78,7 +78,7 @@ def test_what_is_learned_has_unit_variance_at_every_noise_level():
     sigma²) (Karras et al. 2022, table 1)."""
     generator, t = build(), torch.linspace(0.1, 1, 8)
     x_t = torch.randn(8, STRUCTURE.size, generator=rng("cpu", 1))
-    network = generator._network(batch(8).start, generator.conditions(WISH, 8))
+    network = generator._recalling(batch(8).start, generator.conditions(WISH, 8))
     silent = network(x_t, t)
     with torch.no_grad():
         for head in generator.network.heads:
@@ -148,13 +148,59 @@ def test_an_eighth_of_the_starts_is_what_one_sampling_step_makes_of_them(fitted,
     hook = fitted.network.register_forward_pre_hook(lambda network, inputs: calls.append(inputs))
     fitted.loss(examples, rng("cpu", 0))
     hook.remove()
-    (noise, given, *_), (_, starts, *_) = calls
+    (noise, given, *_), _, (_, starts, *_) = calls
     assert torch.equal(given, fitted.normalizer.encode(examples.start[:8]))
     assert torch.equal(starts[8:], fitted.normalizer.encode(examples.start[8:]))
     wish = {"target_metric": examples.prompt["target_metric"][:8]}
+    monkeypatch.setattr(fitted, "rounds", 1)
     written = fitted.sample(wish, examples.start[:8], steps=1, noise=noise)
     torch.testing.assert_close(fitted.normalizer.decode(starts[:8]), written, rtol=1e-4, atol=1e-5)
     assert not starts.requires_grad
+
+
+def test_half_of_the_examples_are_read_with_what_they_were_taken_for_without(fitted):
+    calls = []
+
+    def note(network, inputs, settings, output):
+        calls.append((*inputs, settings["previous"], output))
+
+    hook = fitted.network.register_forward_hook(note, with_kwargs=True)
+    fitted.loss(batch(64), rng("cpu", 0))
+    hook.remove()
+    _, first, last = calls
+    for before, now in zip(first[:5], last[:5], strict=True):  # noised, start, request and both scales
+        assert torch.equal(before, now[32:])
+    assert not first[5].any() and not last[5][:32].any()
+    assert torch.equal(last[5][32:], first[6])
+    assert not last[5].requires_grad and last[6].requires_grad
+
+
+def test_sampling_hands_every_estimate_on(fitted):
+    """Two levels of two rounds are four calls; each reads what the one before it returned, the first one nothing."""
+    previous, estimates, noised = [], [], []
+
+    def note(network, inputs, settings, output):
+        noised.append(inputs[0])
+        previous.append(settings["previous"])
+        estimates.append(output)
+
+    hook = fitted.network.register_forward_hook(note, with_kwargs=True)
+    start = batch(8).start
+    written = fitted.sample(WISH, start, steps=2)
+    hook.remove()
+    assert len(estimates) == 4 and not previous[0].any()
+    assert all(torch.equal(read, made) for read, made in zip(previous[1:], estimates[:-1], strict=True))
+    assert torch.equal(noised[0], noised[1]) and torch.equal(noised[2], noised[3])
+    assert not torch.equal(estimates[2], estimates[3]), "what was estimated before counts"
+    torch.testing.assert_close(written, fitted.normalizer.decode(estimates[-1]))
+
+
+def test_guidance_recalls_what_either_side_estimated(fitted):
+    """Guided by 1, the unconditional side is not asked; by 0, only it counts, whatever the other one believes."""
+    start, noise = batch(8).start, torch.randn(8, STRUCTURE.size, generator=rng("cpu", 6))
+    alone = fitted.sample({}, start, steps=3, noise=noise)
+    guided = fitted.sample(WISH, start, steps=3, noise=noise, guidance=0.0)
+    torch.testing.assert_close(guided, alone, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +241,7 @@ def trained() -> Gpt:
 
     generator.fit(draw(rng("cpu", 0)))
     optimizer = torch.optim.AdamW(generator.parameters(), lr=5e-3)
-    for step in range(200):
+    for step in range(300):
         noise = rng("cpu", 1, step)
         generator.loss(draw(noise), noise).backward()
         optimizer.step()
