@@ -19,6 +19,8 @@ recycling of protein structures (Jumper et al. 2021). One update then improves i
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -125,10 +127,9 @@ class Gpt(Generator):
         noise = torch.randn(given.shape, generator=rng, device=start.device)
         blank = torch.zeros_like(given)
         denoise = self.objective.denoiser(lambda x_t, t: self._estimate(x_t, t, given, wish, blank))
-        with torch.compiler.set_stance("force_eager"):  # one more batch size would be one more compilation
+        with _beside_training(start.device):
             written = SAMPLERS[self.sampler](denoise, self.objective, noise, 1, rng)
-        # Not under no_grad: autocast may keep the casts of the weights that it makes there, which have no gradient.
-        return torch.cat([written.detach(), start[count:]])
+        return torch.cat([written, start[count:]])
 
     def _partly_recalled(
         self,
@@ -140,9 +141,9 @@ class Gpt(Generator):
         """What the last of the examples are taken for at first; zeros, the mean of all weights, of the others."""
         blank = torch.zeros_like(x_t)
         rows = slice(len(x_t) - int(RECALLED_SHARE * len(x_t)), None)
-        with torch.compiler.set_stance("force_eager"):
+        with _beside_training(x_t.device):
             first = self._estimate(x_t[rows], t[rows], start[rows], condition[rows], blank[rows])
-        return torch.cat([blank[: rows.start], first.detach()])
+        return torch.cat([blank[: rows.start], first])
 
     def write(
         self,
@@ -175,3 +176,14 @@ class Gpt(Generator):
     def _estimate(self, x_t: Tensor, t: Tensor, start: Tensor, condition: Tensor, previous: Tensor) -> Tensor:
         alpha, sigma = self.objective.alpha_sigma(t)
         return self.network(x_t, start, condition, alpha, sigma, previous=previous)
+
+
+@contextmanager
+def _beside_training(device: torch.device) -> Iterator[None]:
+    """For what a training step reads and does not learn from, of fewer examples than it has."""
+    mixed, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    # Older autocasts keep casts of the weights from here, which have no gradient, for the step's own pass; and one more
+    # batch size would be one more compilation.
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False):
+        with torch.compiler.set_stance("force_eager"):
+            yield
