@@ -203,7 +203,10 @@ def _load_module(module: Stateful, file: Path) -> None:
     try:
         module.load_state_dict(_load_tensors(file))
     except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit this generator: {error}") from error
+        raise CheckpointError(
+            f"{file} does not fit this generator: other code or other settings wrote it. Go on with those, or train "
+            f"again (another run.name, or resume=never). {error}"
+        ) from error
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
