@@ -70,7 +70,7 @@ class EvaluationConfig:
     samples_per_prompt: PositiveInt = 1
     prompt_start_coeff: FiniteFloat = 0.9
     recursive_steps: NonNegativeInt = 5
-    optimiser_steps: NonNegativeInt = 200
+    optimiser_steps: NonNegativeInt = 300
     learning_rates: PositiveInt = 21
     tuning_networks: PositiveInt = 8
     soup: PositiveInt = 16

@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_is_a_trouble(empty, monkeypatch):
 
 
 def test_identities_must_be_those_of_the_zoo_to_come(empty):
-    arguments = [*SMALL, "generator.name=rpg", "condition=none"]
+    arguments = [*SMALL, "generator.name=rpg", "~generator.rounds", "condition=none"]
     fitting = found(*arguments, "generator.identities=32", name="digits_loss")
     assert not troubles(fitting)
     assert "identity 16" in fitting["batch"].size

@@ -43,7 +43,11 @@ def experiment(*settings: str, name: str = "digits_loss") -> Experiment:
         (["zoo.snapshots=1"], ConfigError, ["snapshots"]),
         (["condition.encoder=mine"], ConfigError, ["condition.encoder=mine", "told no sentences", "leave it out"]),
         (["zoo.refresh_every=5"], ConfigError, ["zoo.refresh_every", "zoo.store=false"]),
-        (["zoo.refresh_every=5", "zoo.store=false", FROM_NOISE], ConfigError, ["refresh_every", "identities"]),
+        (
+            ["zoo.refresh_every=5", "zoo.store=false", "~generator.rounds", FROM_NOISE],
+            ConfigError,
+            ["refresh_every", "identities"],
+        ),
         (["zoo.refresh_every=5", "zoo.store=false", "zoo.align=true"], ConfigError, ["refresh_every", "aligned"]),
     ],
 )
