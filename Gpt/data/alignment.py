@@ -79,12 +79,12 @@ def permutation_distance(
 ) -> Float[Tensor, "n m"]:
     """L2 distance of every pair of networks, minimum over permutations of hidden units.
 
-    Exact where `is_exact` holds, else the upper bound that weight matching finds: everything is aligned to one common
-    reference, from where each pair is improved; never more than the distance of the two as they are.
+    Exact where `is_exact` holds, else the upper bound that weight matching finds: the least of both networks aligned to
+    one reference, of one aligned to the other, and of the two as they are.
 
     Args:
-        candidates: improve, for every row, only this many pairs: the nearest in that common alignment. The other
-            entries then hold their distance in it, an upper bound too. All when None.
+        candidates: align, for every row, only this many networks of `b` to it: the nearest once everything is aligned
+            to the one reference. The other entries are then upper bounds, too. All when None.
     """
     distances, (a, b) = _common_distances(a, b, structure)
     if not structure.groups:
@@ -128,12 +128,12 @@ def _pair_distances(
     partners: Int[Tensor, " pairs"],
     structure: Structure,
 ) -> Float[Tensor, " pairs"]:
-    """Distance of rows of `a` to partners in `b`, which are matched to them from the order that they have."""
+    """Distance of rows of `a` to partners in `b`, which are matched to them whatever order they have."""
     several = PAIR_ELEMENTS // structure.size
     size = networks_at_once(structure) if a.is_cuda or not several else several
     distances = []
     for row, partner in zip(rows.split(size), partners.split(size), strict=True):
-        matching = _descend(_Matching.identity(b[partner], a[row], structure))
+        matching = _match(b[partner], a[row], structure)
         distances.append((structure.flatten(matching.current) - a[row]).norm(dim=1))
     return torch.cat(distances).nan_to_num(torch.inf, posinf=torch.inf)
 

@@ -69,6 +69,19 @@ def test_is_exact_for_one_hidden_layer():
     torch.testing.assert_close(permutation_distance(a, b, structure), brute)
 
 
+@pytest.mark.parametrize("candidates", [None, 3])
+def test_near_copies_of_networks_with_units_that_hardly_differ_are_found_exactly(candidates):
+    structure, weights = networks(small_mlp, 20)
+    units = structure.permutation_index({"hidden": torch.tensor([[0, 0, 2, 3]])})[0]
+    weights = weights[:, units] + 1e-3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    copies = shuffled(structure, weights) + 1e-3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
+    everything = torch.tensor(list(itertools.permutations(range(4))))
+    index = structure.permutation_index({"hidden": everything})
+    brute = (weights[:, index][None] - copies[:, None, None]).norm(dim=-1).min(-1).values
+    found = permutation_distance(copies, weights, structure, candidates)
+    torch.testing.assert_close(found.diagonal(), brute.diagonal(), rtol=1e-4, atol=0)
+
+
 def test_is_an_upper_bound_close_to_the_optimum_for_two_hidden_layers():
     class Deep(nn.Module):
         symmetry = {
