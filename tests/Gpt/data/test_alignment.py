@@ -74,7 +74,8 @@ def test_near_copies_of_networks_with_units_that_hardly_differ_are_found_exactly
     structure, weights = networks(small_mlp, 20)
     units = structure.permutation_index({"hidden": torch.tensor([[0, 0, 2, 3]])})[0]
     weights = weights[:, units] + 1e-3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
-    copies = shuffled(structure, weights) + 1e-3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
+    copies = shuffled(structure, weights) + 1e-3 * noise
     everything = torch.tensor(list(itertools.permutations(range(4))))
     index = structure.permutation_index({"hidden": everything})
     brute = (weights[:, index][None] - copies[:, None, None]).norm(dim=-1).min(-1).values

@@ -196,7 +196,7 @@ def test_sampling_hands_every_estimate_on(fitted):
 
 
 def test_guidance_recalls_what_either_side_estimated(fitted):
-    """Guided by 1, the unconditional side is not asked; by 0, only it counts, whatever the other one believes."""
+    """Guided by 0, only the unconditional side counts, whatever the other one estimated before."""
     start, noise = batch(8).start, torch.randn(8, STRUCTURE.size, generator=rng("cpu", 6))
     alone = fitted.sample({}, start, steps=3, noise=noise)
     guided = fitted.sample(WISH, start, steps=3, noise=noise, guidance=0.0)
