@@ -70,6 +70,11 @@ class Structure:
         return self.tensors[-1].slice.stop
 
     @property
+    def statistics(self) -> tuple[TensorSpec, ...]:
+        """Batch norm's running means and variances, which are measured and not learned."""
+        return tuple(t for t in self.tensors if t.kind.startswith("running_"))
+
+    @property
     def fingerprint(self) -> str:
         """Hexadecimal digest of names, shapes and dtypes; structures with the same fingerprint share flat vectors."""
         description = [(t.name, t.shape, str(t.dtype)) for t in self.tensors]

@@ -3,6 +3,9 @@
 Follows Ainsworth et al. 2022, "Git Re-Basin" (arXiv 2209.04836), section 3.2: the units of one group at a time are
 assigned by the Hungarian algorithm while all others stay, until nothing improves. Where no tensor touches two groups
 (any network with one hidden layer) a single pass is exact; else the result is a local optimum.
+
+Batch norm's running statistics are renamed with their units and do not count: they follow from weights and data, and a
+few variances of hundreds would outweigh millions of weights, in which unit is like which as in a distance.
 """
 
 from collections.abc import Collection, Sequence
@@ -49,9 +52,15 @@ def align(
         The permuted networks, and the permutations as `Structure.permutation_index` takes them.
     """
     pieces = zip(*(_pieces(networks, structure) for networks in (weights, reference.expand_as(weights))), strict=True)
-    parts = [_best_match(rows, references, structure) for rows, references in pieces]
-    permutations = {group: torch.cat([part.permutations[group] for part in parts]) for group in structure.groups}
-    return torch.cat([structure.flatten(part.current) for part in parts]), permutations
+    aligned, orders = [], []
+    for rows, references in pieces:
+        orders.append(_best_match(_learned(rows, structure), _learned(references, structure), structure).permutations)
+        renamed = _Matching.identity(rows, references, structure)
+        for group, order in orders[-1].items():
+            renamed = renamed.permuted(group, order)
+        aligned.append(structure.flatten(renamed.current))
+    permutations = {group: torch.cat([order[group] for order in orders]) for group in structure.groups}
+    return torch.cat(aligned), permutations
 
 
 def networks_at_once(structure: Structure) -> int:
@@ -77,7 +86,7 @@ def _best_match(weights: Float[Tensor, "R D"], reference: Float[Tensor, "R D"], 
 def permutation_distance(
     a: Float[Tensor, "n D"], b: Float[Tensor, "m D"], structure: Structure, candidates: int | None = None
 ) -> Float[Tensor, "n m"]:
-    """L2 distance of every pair of networks, minimum over permutations of hidden units.
+    """L2 distance of every pair of networks, minimum over permutations of hidden units; of what is learned alone.
 
     Exact where `is_exact` holds, else the upper bound that weight matching finds: the least of both networks aligned to
     one reference, of one aligned to the other, and of the two as they are.
@@ -86,7 +95,7 @@ def permutation_distance(
         candidates: align, for every row, only this many networks of `b` to it: the nearest once everything is aligned
             to the one reference. The other entries are then upper bounds, too. All when None.
     """
-    distances, (a, b) = _common_distances(a, b, structure)
+    distances, (a, b) = _common_distances(_learned(a, structure), _learned(b, structure), structure)
     if not structure.groups:
         return distances
     columns = distances.topk(min(candidates or len(b), len(b)), dim=1, largest=False).indices
@@ -97,11 +106,21 @@ def permutation_distance(
 
 def mutual_distance(networks: Float[Tensor, "n D"], structure: Structure) -> Float[Tensor, " pairs"]:
     """`permutation_distance` of every two of the networks."""
-    distances, (aligned, _) = _common_distances(networks, networks, structure)
+    learned = _learned(networks, structure)
+    distances, (aligned, _) = _common_distances(learned, learned, structure)
     rows, columns = torch.triu_indices(len(networks), len(networks), offset=1, device=networks.device)
     if not structure.groups:
         return distances[rows, columns]
     return distances[rows, columns].minimum(_pair_distances(aligned, aligned, rows, columns, structure))
+
+
+def _learned(weights: Float[Tensor, "R D"], structure: Structure) -> Float[Tensor, "R D"]:
+    """The weights with zeros in place of running statistics; those very weights where there are none."""
+    if structure.statistics:
+        weights = weights.clone()
+        for t in structure.statistics:
+            weights[:, t.slice] = 0
+    return weights
 
 
 def _common_distances(

@@ -15,7 +15,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 from Gpt.data.zoo import Zoo
 from Gpt.descriptions import Descriptions
 from Gpt.errors import ConfigError
-from Gpt.evaluation.costs import Spent
+from Gpt.evaluation.costs import Spent, trainings
 from Gpt.evaluation.results import Results
 from Gpt.evaluation.writing import Writer
 from Gpt.generator import Generator
@@ -157,7 +157,17 @@ class Judge(ABC):
         """
 
     def results(self, **found: Any) -> Results:
-        """What was found about this task."""
+        """What was found about this task, and what there is to say about its zoo."""
         task = self.task
         about: dict[str, Any] = {"task": task.name, "metric": self.column(task), "minimize": task.minimize}
-        return Results(**(about | found))
+        notes = [*found.get("notes", []), *dropped_note(self.zoo)]
+        return Results(**(about | found | {"notes": notes}))
+
+
+def dropped_note(zoo: Zoo) -> list[str]:
+    """What to say of a zoo that lacks runs, whose splits are smaller than asked for; nothing of any other."""
+    if not zoo.dropped:
+        return []
+    run, why = next(iter(zoo.dropped.items()))
+    lost = len(zoo.dropped)
+    return [f"runs of the zoo that were dropped: {lost:,} of {lost + trainings(zoo):,}, such as run {run}: {why}"]

@@ -193,6 +193,27 @@ def test_without_groups_it_is_the_plain_distance_and_networks_stay():
     torch.testing.assert_close(mutual_distance(weights, structure), plain[*torch.triu_indices(4, 4, offset=1)])
 
 
+def normed() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def test_running_statistics_are_renamed_and_do_not_count():
+    hidden = {name: ("hidden",) for name in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")}
+    structure = Structure.of(normed(), {"0.weight": ("hidden", None), "3.weight": (None, "hidden"), **hidden})
+    weights = stack_initial(normed, structure, [0, 1, 2, 3])
+    measured = weights.clone()
+    for t in structure.statistics:
+        measured[:, t.slice] = 1000 * torch.rand(4, t.numel, generator=torch.Generator().manual_seed(0))
+    planted = shuffled(structure, measured)
+    aligned, permutations = align(planted, weights, structure)
+    assert torch.equal(aligned, measured), "every unit finds its place, and its statistics go with it"
+    assert torch.equal(planted.gather(1, structure.permutation_index(permutations)), aligned)
+    assert torch.equal(
+        permutation_distance(planted, weights, structure), permutation_distance(weights, weights, structure)
+    )
+    assert torch.equal(mutual_distance(measured, structure), mutual_distance(weights, structure))
+
+
 def test_broken_networks_are_infinitely_far():
     structure, weights = networks(small_mlp, 4)
     broken = weights.clone()

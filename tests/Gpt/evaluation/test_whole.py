@@ -162,6 +162,15 @@ def test_snapshots_of_one_training_are_called_that(task, tmp_path):
     assert rows(results)[HELD_OUT].metrics["test_loss"].count == 3
 
 
+@pytest.mark.parametrize("by_snapshot", [False, True])
+def test_trainings_that_were_dropped_are_told(zoo, task, by_snapshot):
+    short = copy(zoo)
+    short.dropped = {1: "a weight is not finite", 7: "a weight reaches 12"}
+    seen = split_by_snapshot(short, 8, 8) if by_snapshot else short
+    results = WholeJudge(Replaying(zoo, task), task, seen, CONFIG, "cpu").evaluate()
+    assert f"dropped: 2 of {zoo.runs + 2}, such as run 1: a weight is not finite" in " ".join(results.notes)
+
+
 def test_the_pca_gaussian_has_the_mean_and_covariance_of_the_networks_and_stays_in_their_span():
     structure = Structure.of(MLP(3, 2, 2))
     weights = torch.randn(6, structure.size, generator=rng("cpu", 0)) * torch.linspace(0.1, 2, structure.size)
