@@ -79,13 +79,14 @@ class ObjectiveConfig:
 
     Attributes:
         name: "flow", "ddpm" or "regression".
-        loss_space, times: of flow matching only.
+        loss_space, times, shift: of flow matching only.
     """
 
     name: str = "flow"
     prediction: str = "x0"
     loss_space: str = "x0"
     times: str = "logit_normal"
+    shift: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True)

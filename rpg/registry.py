@@ -69,7 +69,7 @@ def build_objective(settings: ObjectiveConfig) -> Objective:
         ConfigError: there is none of that name, or it has no such setting.
     """
     if settings.name == "flow":
-        return FlowMatching(settings.prediction, settings.loss_space, settings.times)
+        return FlowMatching(settings.prediction, settings.loss_space, settings.times, settings.shift)
     if settings.name == "ddpm":
         return DDPM(settings.prediction)
     if settings.name == "regression":

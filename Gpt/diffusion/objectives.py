@@ -181,12 +181,20 @@ class FlowMatching(Objective):
         loss_space: squared errors are those of "x0" or of "velocity".
         times: training times are "uniform" on (0, 1], or "logit_normal", the sigmoid of a standard Gaussian, which
             favours the middle of the path (Esser et al. 2024, arXiv 2403.03206, section 3.1).
+        shift: sampling visits the times s t / (1 + (s - 1) t) for evenly spaced t, equation 23 there; above 1, its few
+            steps stay where there is more noise.
+
+    Raises:
+        ConfigError: no such prediction, loss space or times, or a shift that is not positive.
     """
 
     predictions = ("x0", "velocity")
 
-    def __init__(self, prediction: str = "x0", loss_space: str = "x0", times: str = "uniform"):
+    def __init__(self, prediction: str = "x0", loss_space: str = "x0", times: str = "uniform", shift: float = 1.0):
         super().__init__(prediction)
+        if not shift > 0:
+            raise ConfigError(f"objective: shift is {shift}; it multiplies odds of noise to data, so it is above 0")
+        self.shift = shift
         self.loss_space = _choice("loss_space", loss_space, self.predictions)
         self.times = _choice("times", times, ("uniform", "logit_normal"))
 
@@ -201,10 +209,11 @@ class FlowMatching(Objective):
         return 1 - t, t
 
     def grid(self, steps: int) -> list[tuple[float, float, float]]:
-        """Times 1, 1 - 1/steps, …, 1/steps."""
+        """Times 1, 1 - 1/steps, …, 1/steps, shifted."""
         if steps < 1:
             raise ConfigError(f"sampling takes at least 1 step, not {steps}")
-        times = [(steps - i) / steps for i in range(steps)]
+        even = [(steps - i) / steps for i in range(steps)]
+        times = [self.shift * t / (1 + (self.shift - 1) * t) for t in even]
         return [(t, 1 - t, t) for t in times]
 
     def weight(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:

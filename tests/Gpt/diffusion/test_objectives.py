@@ -184,6 +184,15 @@ def test_flow_grid_is_even_and_never_reaches_zero():
     assert [t for t, _, _ in FlowMatching().grid(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("shift", [0.5, 2.0, 3.0])
+def test_a_shift_multiplies_the_odds_of_noise_to_data(shift):
+    for (t, _, _), (shifted, alpha, sigma) in zip(
+        FlowMatching().grid(5), FlowMatching(shift=shift).grid(5), strict=True
+    ):
+        assert sigma == shifted and alpha == 1 - sigma
+        assert sigma * (1 - t) == pytest.approx(shift * alpha * t)
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -191,6 +200,7 @@ def test_flow_grid_is_even_and_never_reaches_zero():
         lambda: FlowMatching("eps"),
         lambda: FlowMatching(loss_space="eps"),
         lambda: FlowMatching(times="cosine"),
+        lambda: FlowMatching(shift=0.0),
         lambda: DDPM().grid(1001),
         lambda: DDPM().grid(0),
         lambda: FlowMatching().grid(0),
