@@ -93,8 +93,7 @@ def _jitter(
     weights: Float[Tensor, "n D"], std: Float[Tensor, "... D"], structure: Structure, seed: int
 ) -> Float[Tensor, "n D"]:
     still = torch.ones(structure.size)
-    for spec in structure.tensors:
-        if spec.kind.startswith("running_"):  # a noisy variance could be negative
-            still[spec.slice] = 0
+    for spec in structure.statistics:  # a noisy variance could be negative
+        still[spec.slice] = 0
     noise = torch.randn(weights.shape, generator=rng("cpu", seed, "jitter"))
     return weights + std * (noise * still).to(weights)

@@ -160,11 +160,11 @@ class Judge(ABC):
         """What was found about this task, and what there is to say about its zoo."""
         task = self.task
         about: dict[str, Any] = {"task": task.name, "metric": self.column(task), "minimize": task.minimize}
-        notes = [*found.get("notes", []), *dropped_note(self.zoo)]
+        notes = [*found.get("notes", []), *_dropped_note(self.zoo)]
         return Results(**(about | found | {"notes": notes}))
 
 
-def dropped_note(zoo: Zoo) -> list[str]:
+def _dropped_note(zoo: Zoo) -> list[str]:
     """What to say of a zoo that lacks runs, whose splits are smaller than asked for; nothing of any other."""
     if not zoo.dropped:
         return []

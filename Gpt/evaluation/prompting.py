@@ -69,9 +69,8 @@ def unfamiliar_networks(starts: Starts, task: Task, seed: int) -> list[Starts]:
     variants = {"halved": 0.5 * starts.weights, "doubled": 2 * starts.weights, "normal": normal}
     found = []
     for name, weights in variants.items():
-        for spec in task.structure.tensors:
-            if spec.kind.startswith("running_"):  # statistics, not initial weights
-                weights[:, spec.slice] = starts.weights[:, spec.slice]
+        for spec in task.structure.statistics:  # which are no initial weights
+            weights[:, spec.slice] = starts.weights[:, spec.slice]
         metric = test_population(task, weights, "validation")[f"validation_{task.metric}"]
         found.append(Starts(f"{name} starts", weights, metric))
     return found

@@ -54,7 +54,6 @@ def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device
         norm.train()
         norm.momentum = None  # the plain average of all batches
     written = weights.clone()
-    statistics = [t for t in task.structure.tensors if t.kind.startswith("running_")]
     for row in written:
         net.load_state_dict(task.structure.state_dict(row))
         for norm in norms:
@@ -62,6 +61,6 @@ def recalibrated(task: Task, weights: Float[Tensor, "P D"], device: torch.device
         for batch in batches:
             net(batch)
         state = net.state_dict()
-        for spec in statistics:
+        for spec in task.structure.statistics:
             row[spec.slice] = state[spec.name].flatten().to(row)
     return written

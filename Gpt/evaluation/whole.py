@@ -222,10 +222,10 @@ class WholeJudge(Judge):
 
     def noise_scale(self, distance: float) -> float:
         """The scale of `Gpt.evaluation.baselines.noisy` that takes an original this far away, on average."""
-        tensors = self.task.structure.tensors
-        still = torch.cat([torch.full((t.numel,), t.kind.startswith("running_")) for t in tensors])
         stds = tensor_stds(self.originals[:1], self.task.structure)
-        return distance / float(stds.masked_fill(still.to(stds.device), 0).norm())
+        for spec in self.task.structure.statistics:
+            stds[..., spec.slice] = 0
+        return distance / float(stds.norm())
 
     # --- measures -----------------------------------------------------------------------------------------------------
 
